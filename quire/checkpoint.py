@@ -1,0 +1,129 @@
+"""A model's and an optimizer's state, to and from a folder.
+
+    model.safetensors      the weights, a tied tensor once
+    training.safetensors   optimizer state and random generators
+    state.json             everything else, and the CRC-32 of every tensor and file
+
+state.json is written last: a folder that has it is complete.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quire import files
+from quire.errors import UserError
+
+MODEL, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint folder holds; `training` is empty where only the model was asked for."""
+
+    model: Tensors
+    training: Tensors
+    state: dict[str, Any]
+
+
+def model_tensors(model: nn.Module) -> Tensors:
+    """The parameters and buffers of a model by name; a tied one appears once, under its first name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def load_model_tensors(model: nn.Module, tensors: Tensors, origin: Path | str) -> None:
+    """Copy `tensors` into the model; a missing, unknown or misshapen one is a UserError naming it and `origin`."""
+    own = model_tensors(model)
+    if own.keys() != tensors.keys():
+        different = ", ".join(sorted(own.keys() ^ tensors.keys())[:5])
+        raise UserError(f"{origin} does not fit this model's settings: {different} are in one and not in the other.")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != tensors[name].shape:
+                raise UserError(
+                    f"{origin} does not fit this model's settings: {name} is {tuple(tensors[name].shape)} there,"
+                    f" and {tuple(tensor.shape)} here."
+                )
+            tensor.copy_(tensors[name])
+
+
+def save(folder: Path, model: Tensors, training: Tensors, state: dict[str, Any]) -> None:
+    """Replace `folder` by a checkpoint, whole or not at all."""
+
+    def write(new: Path) -> None:
+        sums = {name: _write_tensors(new / name, tensors) for name, tensors in ((MODEL, model), (TRAINING, training))}
+        files.write_json(new / STATE, {"state": state, "files": sums})
+
+    files.replace_folder(folder, write)
+
+
+def load(folder: Path, training: bool = True) -> Checkpoint:
+    """The checkpoint in `folder`, every byte checked; damage is a UserError that names the file and the tensor.
+
+    A checkpoint that is being replaced meanwhile is read again.
+    """
+    for attempt in range(3):
+        found = files.complete_folder(folder, STATE)
+        if found is None:
+            raise UserError(f"There is no checkpoint in {folder}.")
+        before = found.stat().st_ino
+        try:
+            return _load(found, training)
+        except (UserError, OSError):
+            if attempt < 2 and (not found.exists() or found.stat().st_ino != before):
+                continue
+            raise
+    raise AssertionError("unreachable")
+
+
+def exists(folder: Path) -> bool:
+    """Whether there is a complete checkpoint."""
+    return files.complete_folder(folder, STATE) is not None
+
+
+def _load(folder: Path, training: bool) -> Checkpoint:
+    whole = files.read_json(folder / STATE)
+    model = _read_tensors(folder / MODEL, whole["files"][MODEL])
+    rest = _read_tensors(folder / TRAINING, whole["files"][TRAINING]) if training else {}
+    return Checkpoint(model, rest, whole["state"])
+
+
+def _write_tensors(path: Path, tensors: Tensors) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().to("cpu", copy=False).contiguous() for name, tensor in tensors.items()}
+    files.write_by(path, lambda new: save_file(plain, new))
+    return {
+        "bytes": path.stat().st_size,
+        "crc32": files.crc32_of(path),
+        "tensors": {name: _tensor_crc32(tensor) for name, tensor in plain.items()},
+    }
+
+
+def _tensor_crc32(tensor: Tensor) -> str:
+    return files.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _read_tensors(path: Path, expected: dict[str, Any]) -> Tensors:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    remedy = "Restore it from a copy, or use the run's other checkpoint."
+    if not path.exists():
+        raise UserError(f"The checkpoint lacks {path}. {remedy}")
+    if (size := path.stat().st_size) != expected["bytes"]:
+        raise UserError(f"{path} is damaged: it has {size} bytes instead of {expected['bytes']}. {remedy}")
+    if files.crc32_of(path) == expected["crc32"]:
+        return load_file(path)
+    try:
+        tensors = load_file(path)
+        changed = [name for name, tensor in tensors.items() if _tensor_crc32(tensor) != expected["tensors"].get(name)]
+    except (SafetensorError, ValueError, KeyError, OSError):
+        changed = []
+    part = f"tensor {changed[0]}" if changed else "its header"
+    raise UserError(f"{path} is damaged: {part} does not match its checksum. {remedy}")

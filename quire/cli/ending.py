@@ -1,0 +1,40 @@
+"""What train and resume show at the end: the figures, a sample, the verdict, and the next commands to try."""
+
+import shlex
+import time
+
+from quire.cli.flags import print_json, program
+from quire.cli.main import BEGAN
+from quire.generation.generate import GenerationSettings, Writer
+from quire.progress import say
+from quire.run import Run
+from quire.training.verdict import verdict
+
+SAMPLE_TOKENS = 300
+
+
+def show_ending(run: Run, as_json: bool) -> int:
+    """The end of a training, for a person or (--json) for a program."""
+    metrics = run.metrics()
+    evaluated = [row for row in metrics if row.get("validation_loss") is not None]
+    best, last = min(evaluated, key=lambda row: row["validation_loss"]), metrics[-1]
+    loss, bits = best["validation_loss"], best["validation_bits_per_byte"]
+    seconds = time.time() - BEGAN
+    if as_json:
+        figures = {"run": str(run.path), "steps": last["step"], "tokens": last["tokens"], "seconds": round(seconds, 3)}
+        print_json({**figures, "validation_loss": loss, "bits_per_byte": bits})
+        return 0
+    sample = Writer(run).write([""], GenerationSettings(tokens=SAMPLE_TOKENS, temperature=0.8))[0].text
+    say(f"\nThe model writes:\n\n{sample}\n")
+    rate = last["tokens"] / max(last["seconds"], 1e-9)
+    say(f"Trained {last['step']:,} steps on {last['tokens']:,} tokens in {seconds:.0f} s ({rate:,.0f} tokens/s).")
+    say(f"Validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte (best, at step {best['step']}).", "bold")
+    name, path = program(), shlex.quote(str(run.path))
+    epochs = last["tokens"] / max(1, run.manifest["report"]["tokens"] - run.manifest["validation"]["tokens"])
+    say(verdict(metrics, epochs, f"{name} resume {path}"))
+    say(f"Loss plot: {run.path / 'loss.png'}\n")
+    say(f"Next:  {name} generate {path}              ask it to write\n"
+        f"       {name} evaluate {path}              its figures again, or on another text\n"
+        f"       {name} resume {path} --minutes 5    train it further\n"
+        f"       {name} train YOUR.txt --minutes 5   a model of your own text")  # fmt: skip
+    return 0

@@ -1,0 +1,39 @@
+"""quire evaluate: how well a run's model predicts."""
+
+from dataclasses import asdict, dataclass
+
+from quire.cli.flags import RunPath, Switch, Texts, parse, print_json
+from quire.evaluation.evaluate import evaluate
+from quire.run import Run
+from quire.tokenizers.tokenizer import Unknown
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measure a run's best model on its held-out text, or on the whole of another TEXT."""
+
+    run: RunPath
+    text: Texts = ()  # files, folders, globs, addresses or corpora; none: the run's held-out text
+    stride: int | None = (
+        None  # predict so many new tokens in each of overlapping windows, with more context: slower, lower
+    )
+    unknown: Unknown = "error"  # characters of TEXT outside the vocabulary: refuse, skip or replace them
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    json: Switch = False  # print one JSON object on standard output
+
+
+def run(words: list[str]) -> int:
+    """Measure and print."""
+    given = parse(Arguments, words, "evaluate")
+    found = evaluate(Run(given.run), given.text, unknown=given.unknown, stride=given.stride, device=given.device)
+    if given.json:
+        print_json({key: value for key, value in asdict(found).items() if value is not None})
+        return 0
+    print(f"validation loss  {found.validation_loss:.4f} nats per token")
+    print(f"perplexity       {found.perplexity:.4f}")
+    print(f"bits per byte    {found.bits_per_byte:.4f}")
+    print(
+        f"measured on      {found.tokens:,} tokens, {found.bytes:,} bytes, in windows of {found.context_length}", end=""
+    )
+    print("" if found.stride is None else f" overlapping, a stride of {found.stride} tokens (not the standard measure)")
+    return 0

@@ -1,0 +1,95 @@
+"""`quire COMMAND ...`: finds the command, and turns mistakes into sentences and exit codes."""
+
+import time
+
+BEGAN = time.time()  # before anything slow is imported: --minutes counts from here
+
+import sys  # noqa: E402
+from importlib import import_module  # noqa: E402
+
+COMMANDS = {
+    "train": "train a model on text: quire train book.txt --minutes 5",
+    "resume": "continue a run exactly where it stopped, or train a finished one further",
+    "generate": "let a run's model write",
+    "evaluate": "measure a run's model on its held-out text, or on another",
+    "plot": "draw the loss curves of runs into a PNG",
+    "runs": "list the runs below a folder",
+    "doctor": "what this machine has, and what is missing",
+}
+
+HELP = f"""Quire trains a language model of your own on text of your own, on the machine you have.
+
+usage: quire COMMAND ...
+
+{chr(10).join(f"  {name:10}{text}" for name, text in COMMANDS.items())}
+
+`quire COMMAND --help` tells more. A first model: quire train (on Shakespeare), or quire train YOUR.txt
+"""
+
+
+def main() -> None:
+    """Run the command in sys.argv. Exit codes: 0 done, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM, 1 our fault."""
+    sys.exit(call(sys.argv[1:]))
+
+
+def call(arguments: list[str]) -> int:
+    """Run one command line and give its exit code."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from quire import __version__
+
+        print(f"quire {__version__}")
+        return 0
+    debug = "--debug" in arguments
+    try:
+        return run(arguments[0], [word for word in arguments[1:] if word != "--debug"])
+    except SystemExit as error:  # the flag parser has said what was wrong, or shown its help
+        return error.code if isinstance(error.code, int) else 2
+    except BrokenPipeError:  # the reader of our output, `head` perhaps, has gone
+        import os
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:
+        if debug and not isinstance(error, KeyboardInterrupt):
+            raise
+        return explain(error)
+
+
+def run(command: str, words: list[str]) -> int:
+    """Import the command's file and run it."""
+    from quire.errors import UserError, nearest
+
+    if command not in COMMANDS:
+        raise UserError(f"There is no command {command!r}.{nearest(command, list(COMMANDS))} See quire --help.")
+    return import_module(f"quire.cli.{command}").run(words) or 0
+
+
+def explain(error: BaseException) -> int:
+    """Say what went wrong; the exit code. What is nobody's mistake but ours is raised again."""
+    from quire.errors import UserError
+
+    if isinstance(error, KeyboardInterrupt):
+        return told("Interrupted.", 130)
+    if isinstance(error, UserError):
+        return told(f"quire: {error}", 2)
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        return told(f"quire: {error.strerror}{where}. What was saved before is whole; mend this and try again.", 2)
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+        return told(
+            "quire: Out of memory. Take a smaller --batch-size with more --accumulation-steps, a shorter"
+            " --model.context-length, or a smaller --model.embedding-size.",
+            2,
+        )
+    if isinstance(code := getattr(error, "exit_code", None), int):  # training.signals.Stopped
+        return told(str(error), code)
+    raise error
+
+
+def told(sentence: str, code: int) -> int:
+    """Print a sentence on standard error."""
+    print(sentence, file=sys.stderr, flush=True)
+    return code

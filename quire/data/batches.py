@@ -1,0 +1,87 @@
+"""Batches of windows: every token predicted once an epoch, in a seeded order that can be resumed anywhere.
+
+A stream of N tokens has M = N - 1 predictions, tokens[i + 1] from what stands before it. An epoch lays a grid of
+windows of T (the context length) over them; from the second epoch on the grid is shifted by a seeded offset, so that
+a token is not always seen with the same context. Short windows at the ends are filled with ignored targets.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire.layers.cross_entropy import IGNORED
+
+
+@dataclass
+class Cursor:
+    """Where training stands in the data: the next example is number `position` of `epoch`."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`inputs` and `targets` (B, T), int64; `counted` of the targets are to be predicted, the others are IGNORED."""
+
+    inputs: Tensor
+    targets: Tensor
+    counted: int
+
+    def split(self, parts: int) -> list["Batch"]:
+        """The same examples in `parts` smaller batches."""
+        pairs = zip(self.inputs.tensor_split(parts), self.targets.tensor_split(parts), strict=True)
+        return [Batch(inputs, targets, int((targets != IGNORED).sum())) for inputs, targets in pairs]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        return Batch(self.inputs.to(device), self.targets.to(device), self.counted)
+
+
+class Batches:
+    """The training examples of a token stream; the order is a function of seed, epoch and position alone."""
+
+    def __init__(self, tokens: np.ndarray, context_length: int, seed: int) -> None:
+        assert len(tokens) >= 2, "a stream needs two tokens for one prediction"
+        self.tokens, self.context_length, self.seed = tokens, context_length, seed
+        self._epoch = -1
+
+    def epoch(self, number: int) -> tuple[int, np.ndarray]:
+        """Offset of that epoch's grid, and the order in which its windows are taken."""
+        if number != self._epoch:
+            generator = np.random.default_rng([self.seed, number])
+            offset = int(generator.integers(self.context_length)) if number else 0
+            count = -(-(len(self.tokens) - 1 + offset) // self.context_length)
+            self._epoch, self._offset, self._order = number, offset, generator.permutation(count)
+        return self._offset, self._order
+
+    def examples(self) -> int:
+        """Windows in the first epoch."""
+        return len(self.epoch(0)[1])
+
+    def take(self, cursor: Cursor, count: int) -> Batch:
+        """The next `count` examples; moves the cursor, across the end of an epoch where needed."""
+        rows: list[slice] = []
+        while len(rows) < count:
+            offset, order = self.epoch(cursor.epoch)
+            for number in order[cursor.position : cursor.position + count - len(rows)]:
+                start = int(number) * self.context_length - offset
+                rows.append(slice(max(0, start), min(start + self.context_length, len(self.tokens) - 1)))
+                cursor.position += 1
+            if cursor.position == len(order):
+                cursor.epoch, cursor.position = cursor.epoch + 1, 0
+        return cut(self.tokens, rows, self.context_length)
+
+
+def cut(tokens: np.ndarray, rows: list[slice], context_length: int) -> Batch:
+    """A batch whose row i predicts from tokens[rows[i]] the tokens one further, filled up to the context length."""
+    inputs = np.zeros((len(rows), context_length), dtype=np.int64)
+    targets = np.full((len(rows), context_length), IGNORED, dtype=np.int64)
+    for row, place in enumerate(rows):
+        width = place.stop - place.start
+        inputs[row, :width] = tokens[place]
+        targets[row, :width] = tokens[place.start + 1 : place.stop + 1]
+    counted = sum(place.stop - place.start for place in rows)
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), counted)

@@ -1,0 +1,102 @@
+"""Which processor computes, with how many threads, and what this machine has."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from quire.errors import UserError
+
+
+def set_thread_policy() -> None:
+    """Let idle OpenMP threads sleep soon instead of spinning; takes effect only before torch is first imported.
+
+    A thread that spins while it waits holds the core that the other one needs, as soon as anything else runs on the
+    machine: on 2 cores beside one busy process a training step took 3 to 28 times as long. Waiting briefly
+    (GOMP_SPINCOUNT) costs 5% undisturbed where not waiting at all costs 25% (benchmarks/NOTES.md).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its CPU affinity, and on Linux its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+
+
+def choose_device(name: str = "auto") -> Any:
+    """The torch.device called `name`; auto takes CUDA, then MPS, then the CPU."""
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is not a device. Choices: auto, cpu, cuda, cuda:0, mps.") from error
+    available = {
+        "cpu": True,
+        "cuda": (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(device.type, False):
+        raise UserError(f"--device {name}: this torch finds no such device here. {unused_card() or ''}".strip())
+    return device
+
+
+def set_threads(count: int) -> int:
+    """Compute with `count` threads, 0 for one for each usable core; gives the number taken."""
+    import torch
+
+    if count < 0:
+        raise UserError(f"--threads must be 0 (as many as there are cores) or more, not {count}.")
+    count = count or usable_cores()
+    torch.set_num_threads(count)
+    return count
+
+
+def unused_card() -> str | None:
+    """A sentence where the machine has an NVIDIA card that this torch cannot use, else None."""
+    import torch
+
+    if torch.cuda.is_available() or not (Path("/proc/driver/nvidia/gpus").exists() or _windows_driver()):
+        return None
+    if torch.version.cuda is None:
+        return (
+            "An NVIDIA card is present, but this torch is a CPU build: reinstall torch with CUDA"
+            " (delete .venv and call go.py again, or see pytorch.org/get-started)."
+        )
+    return f"An NVIDIA card is present, but this torch (CUDA {torch.version.cuda}) cannot use it: update its driver."
+
+
+def _windows_driver() -> bool:
+    return os.name == "nt" and (Path(os.environ.get("SYSTEMROOT", "C:/Windows")) / "System32/nvcuda.dll").exists()
+
+
+def memory_bytes() -> int:
+    """Memory this machine has, in bytes; 0 where it cannot be told."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def peak_memory(device: Any) -> int:
+    """The most memory in use so far, in bytes: the GPU's allocations, or the process's resident set."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024

@@ -1,0 +1,80 @@
+"""How well a run's model predicts text: its own held-out text, or any other."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from quire.config import from_table
+from quire.data.prepare import stream
+from quire.data.reading import DataSettings, read
+from quire.devices import choose_device
+from quire.errors import UserError
+from quire.evaluation.loss import total_loss
+from quire.run import Run
+from quire.tokenizers import Tokenizer
+from quire.tokenizers.tokenizer import Unknown
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`validation_loss` in nats per token, `bits_per_byte` over the UTF-8 bytes of the text; both over all of it."""
+
+    validation_loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    context_length: int
+    stride: int | None = None  # None: windows side by side, the standard measure
+
+
+def evaluate(
+    run: Run | str,
+    texts: Sequence[str] = (),
+    *,
+    unknown: Unknown = "error",
+    stride: int | None = None,
+    device: str = "auto",
+) -> Evaluation:
+    """Measure a run's best model on its held-out text, or on the whole of `texts` (files, folders, addresses ...)."""
+    run = run if isinstance(run, Run) else Run(run)
+    if texts:
+        settings = from_table(DataSettings, run.config.get("data", {}), "data")
+        tokens, size = _encoded(run.tokenizer, read(texts, settings).documents, unknown)
+    else:
+        tokens, size = run.validation_tokens(), run.manifest["validation"]["bytes"]
+    where = choose_device(device)
+    return measure(run.model(where), run.settings.context_length, run.tokenizer, tokens, size, where, stride)
+
+
+def measure(
+    model: Any,
+    context_length: int,
+    tokenizer: Tokenizer,
+    tokens: np.ndarray,
+    size: int,
+    device: Any,
+    stride: int | None = None,
+) -> Evaluation:
+    """The figures of a model on a token stream whose text has `size` UTF-8 bytes."""
+    total, count = total_loss(model, tokens, context_length, tokenizer.vocabulary_size, device, stride)
+    loss = total / count
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return Evaluation(loss, perplexity, bits_per_byte(total, size), count, size, context_length, stride)
+
+
+def bits_per_byte(total: float, size: int) -> float:
+    """Nats over a text, as bits for each of its `size` bytes: comparable between tokenizers."""
+    return total / math.log(2) / size
+
+
+def _encoded(tokenizer: Tokenizer, documents: list[str], unknown: Unknown) -> tuple[np.ndarray, int]:
+    """The token stream of documents, and the bytes of what was encoded (unknown characters left out or replaced)."""
+    if unknown != "error":
+        documents = [tokenizer.decode(tokenizer.encode_array(text, unknown)) for text in documents]
+    if not any(documents):
+        raise UserError("Nothing of this text is in the model's vocabulary: there is nothing to measure.")
+    return stream(tokenizer, documents), sum(len(text.encode()) for text in documents)

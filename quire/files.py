@@ -1,0 +1,227 @@
+"""The one place that writes files: beside, fsync, checksum, rename.
+
+Every change to the disk announces itself to `operation` first; the fault tests replace that function to fail the
+1st, 2nd, 3rd ... change until none fails, as SQLite's tests do.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from quire.errors import UserError
+
+
+def operation(kind: str, path: Path) -> None:
+    """Called before each change to the disk (kind: write, rename, remove, make). Does nothing; tests replace it."""
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for Quire: $QUIRE_CACHE, else the platform's usual place."""
+    if named := os.environ.get("QUIRE_CACHE"):
+        return Path(named)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = str(Path.home() / "Library" / "Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "quire"
+
+
+# ---- single files -------------------------------------------------------------------------------------------------
+
+
+def beside(path: Path) -> Path:
+    """Where a file or folder is written before it takes its name."""
+    return path.with_name(path.name + ".new")
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write the whole file or nothing: into NAME.new beside it, fsync, rename."""
+    write_by(path, lambda new: _write_and_sync(new, data))
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of the UTF-8 encoding, line ends as they are."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_by(path: Path, writer: Callable[[Path], object]) -> None:
+    """Let `writer(new_path)` produce a file beside `path`, then fsync it and rename it into place."""
+    new = beside(path)
+    operation("make", path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        operation("write", path)
+        writer(new)
+        _sync(new)
+        operation("rename", path)
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add one line to a log and hand it to the operating system at once."""
+    operation("write", path)
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        file.write(line + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a .jsonl log ([] where there is none); a last line cut short by a kill is dropped."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_bytes().split(b"\n")[:-1]:  # after the last line end comes nothing, or a torn line
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: line {len(rows) + 1} is not JSON. Delete that line.") from error
+    return rows
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a whole folder, if it is there."""
+    if not path.exists():
+        return
+    operation("remove", path)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _write_and_sync(path: Path, data: bytes | memoryview) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or on POSIX a folder's list of names, has reached the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle on a folder to wait for
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- checksums ----------------------------------------------------------------------------------------------------
+
+
+def crc32(data: bytes | memoryview) -> str:
+    """CRC-32 as eight hexadecimal digits."""
+    return f"{zlib.crc32(data):08x}"
+
+
+def crc32_of(path: Path) -> str:
+    """CRC-32 of a file's bytes, read a megabyte at a time."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object that carries its own CRC-32, as the field `crc32`."""
+    write_text(path, _checked_json(value))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what `write_json` wrote; a changed byte is a UserError naming the file."""
+    raw = path.read_bytes()
+    try:
+        value = json.loads(raw)
+        del value["crc32"]
+        intact = _checked_json(value).encode() == raw
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        intact = False
+    if not intact:
+        raise UserError(f"{path} is damaged: its contents do not match its checksum. Restore it from a copy.")
+    return value
+
+
+def _checked_json(value: dict[str, Any]) -> str:
+    checksum = crc32(json.dumps(value, ensure_ascii=False, allow_nan=True).encode("utf-8", "surrogatepass"))
+    return json.dumps({**value, "crc32": checksum}, ensure_ascii=True, indent=1) + "\n"
+
+
+# ---- folders ------------------------------------------------------------------------------------------------------
+
+
+def replace_folder(path: Path, writer: Callable[[Path], object]) -> None:
+    """Let `writer(new_folder)` fill NAME.new, then: NAME -> NAME.old, NAME.new -> NAME, delete NAME.old.
+
+    Whatever moment the power goes, one complete folder is left, and `complete_folder` finds it.
+    """
+    new, old = beside(path), path.with_name(path.name + ".old")
+    remove(new)
+    operation("make", new)
+    new.mkdir(parents=True)
+    try:
+        writer(new)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(new)
+        raise
+    _sync(new)
+    if path.exists():
+        remove(old)
+        operation("rename", path)
+        os.rename(path, old)
+    operation("rename", new)
+    os.rename(new, path)
+    _sync(path.parent)
+    remove(old)
+
+
+def complete_folder(path: Path, last_file: str) -> Path | None:
+    """The first of NAME, NAME.new, NAME.old that holds `last_file`, the file its writer writes last."""
+    for name in (path, beside(path), path.with_name(path.name + ".old")):
+        if (name / last_file).exists():
+            return name
+    return None
+
+
+def sweep(folder: Path, last_file: str) -> None:
+    """Put right what a kill left in `folder`: the complete one of each NAME, NAME.new, NAME.old takes the name."""
+    if not folder.exists():
+        return
+    names = {entry.name.removesuffix(".new").removesuffix(".old") for entry in folder.iterdir()}
+    for path in (folder / name for name in sorted(names)):
+        found = complete_folder(path, last_file)
+        if found is not None and found != path:
+            operation("rename", found)
+            os.rename(found, path)
+        remove(beside(path))
+        remove(path.with_name(path.name + ".old"))
+
+
+@contextlib.contextmanager
+def locked(path: Path, sentence: str) -> Iterator[None]:
+    """Hold the lock file `path` for the length of a block, or fail with `sentence` where another process holds it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(sentence) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,58 @@
+"""The base of every layer: an ordinary nn.Module that can also record, and run its own backward."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Layer(nn.Module):
+    """An nn.Module with a hand-written gradient.
+
+    `forward` is ordinary PyTorch. While recording, it leaves what its gradient needs on `tape`, a stack;
+    `backward(grad)` takes that off again, adds to each parameter's `.grad`, and returns the gradient of the input.
+    Layers therefore run backward in the exact reverse of the order in which they ran forward.
+    """
+
+    tape: list[Any] | None = None  # None: not recording
+
+    def save(self, *values: Any) -> None:
+        """Keep `values` for backward; does nothing unless recording."""
+        if self.tape is not None:
+            self.tape.append(values)
+
+    def saved(self) -> Any:
+        """The values of the last `save` not yet taken."""
+        assert self.tape, f"{type(self).__name__}.backward without a recorded forward"
+        return self.tape.pop()
+
+    def backward(self, grad: Tensor) -> Any:
+        """Gradient of the loss by the input, given `grad`, the gradient by the output (same shape as it)."""
+        raise NotImplementedError(f"{type(self).__name__} has no backward")
+
+
+@contextlib.contextmanager
+def recording(model: nn.Module) -> Iterator[None]:
+    """Within this block every Layer of `model` records its forward, so that `backward` may follow."""
+    layers = [module for module in model.modules() if isinstance(module, Layer)]
+    for layer in layers:
+        layer.tape = []
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.tape = None
+
+
+def add_grad(parameter: nn.Parameter, grad: Tensor) -> None:
+    """Add `grad` (the parameter's shape) to the parameter's `.grad`, as autograd would."""
+    assert grad.shape == parameter.shape, f"gradient {tuple(grad.shape)} for a parameter {tuple(parameter.shape)}"
+    if not parameter.requires_grad:
+        return
+    with torch.no_grad():
+        if parameter.grad is None:
+            parameter.grad = grad.to(parameter.dtype, copy=True)
+        else:
+            parameter.grad += grad

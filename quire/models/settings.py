@@ -1,0 +1,12 @@
+"""What everybody knows of any model: its kind, its vocabulary and its context."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The part of the settings that trainer, generator and evaluator read; each model's file adds its own."""
+
+    kind: str = "gpt"  # which architecture: a name in MODELS
+    vocabulary_size: int = 0  # tokens; when training, taken from the tokenizer
+    context_length: int = 1024  # tokens a model sees at once

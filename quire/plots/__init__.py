@@ -1,0 +1,1 @@
+"""Pictures, drawn from plain numbers handed in; nothing here knows of runs or models."""

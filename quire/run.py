@@ -1,0 +1,123 @@
+"""The run directory: all that is needed to use, evaluate, copy or delete a model.
+
+A model is named by its run directory in every command and every call.
+"""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quire import checkpoint, files
+from quire.config import Table, from_table, read_checked_toml, write_checked_toml
+from quire.devices import choose_device
+from quire.errors import UserError, choose
+from quire.models import MODELS, ModelSettings, build_model
+from quire.tokenizers import Tokenizer, load_tokenizer
+
+
+class Run:
+    """A run directory. Opening reads nothing but its configuration; the rest is read when asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open the run at `path`; a UserError says what is missing."""
+        self.path = Path(path)
+        if not (self.path / "config.toml").is_file():
+            raise UserError(f"{path} is not a run: it has no config.toml. `quire runs` lists the runs here.")
+        self.config: Table = read_checked_toml(self.path / "config.toml")
+
+    @classmethod
+    def create(cls, path: Path, config: Table, tokenizer: Tokenizer, manifest: Table, validation: np.ndarray) -> "Run":
+        """Make the directory with everything but a checkpoint; one that exists is refused, never overwritten."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists already. Name another --run, or go on with it: quire resume {path}")
+        path.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(path / "tokenizer.json")
+        data = validation.astype(token_type(tokenizer.vocabulary_size)).tobytes()
+        files.write_bytes(path / "data" / "validation.bin", data)
+        held_out = {**manifest["validation"], "tokens": len(validation), "crc32": files.crc32(data)}
+        files.write_json(path / "manifest.json", {**manifest, "validation": held_out})
+        write_checked_toml(path / "config.toml", config)
+        return cls(path)
+
+    # ---- its parts ----
+
+    @cached_property
+    def settings(self) -> ModelSettings:
+        """The model's settings."""
+        table = self.config.get("model", {})
+        kind = choose(f"The model kind in {self.path / 'config.toml'}", table.get("kind", "gpt"), list(MODELS))
+        return from_table(MODELS[kind].Settings, table, "model")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer this model was trained with."""
+        return load_tokenizer(self.path)
+
+    @cached_property
+    def manifest(self) -> Table:
+        """Versions, machine and data of the training."""
+        if not (self.path / "manifest.json").is_file():
+            raise UserError(f"{self.path} lacks its manifest.json. Restore it from a copy.")
+        return files.read_json(self.path / "manifest.json")
+
+    def validation_tokens(self) -> np.ndarray:
+        """The held-out tokens, a separator first."""
+        path = self.path / "data" / "validation.bin"
+        if not path.is_file():
+            raise UserError(f"{path} is missing. Restore it, or evaluate on a text: quire evaluate {self.path} TEXT")
+        data = path.read_bytes()
+        if files.crc32(data) != self.manifest["validation"]["crc32"]:
+            raise UserError(f"{path} is damaged: it does not match its checksum. Restore it from a copy.")
+        return np.frombuffer(data, dtype=token_type(self.tokenizer.vocabulary_size))
+
+    def start_token(self) -> int:
+        """What an empty prompt starts from: the separator where training met it at least 100 times, else a newline."""
+        newline = self.tokenizer.encode("\n", unknown="skip")
+        return newline[0] if newline and self.manifest["separators"] < 100 else self.tokenizer.separator
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, oldest first."""
+        return files.read_lines(self.path / "metrics.jsonl")
+
+    # ---- its model ----
+
+    def folder(self, which: str) -> Path:
+        """The folder of its checkpoint `best` or `last`."""
+        return self.path / "checkpoints" / which
+
+    def checkpoint(self, training: bool = True) -> checkpoint.Checkpoint | None:
+        """The last checkpoint, or None where the run was stopped before its first."""
+        folder = self.folder("last")
+        return checkpoint.load(folder, training) if checkpoint.exists(folder) else None
+
+    def model(self, device: str | torch.device = "auto") -> Any:
+        """The trained model in evaluation mode: the best checkpoint, or the last where there is no best yet."""
+        where = choose_device(device) if isinstance(device, str) else device
+        folder = self.folder("best") if checkpoint.exists(self.folder("best")) else self.folder("last")
+        if not checkpoint.exists(folder):
+            raise UserError(f"{self.path} has no checkpoint yet. Train it first: quire resume {self.path}")
+        model = empty_model(self.settings, where)
+        checkpoint.load_model_tensors(model, checkpoint.load(folder, training=False).model, folder)
+        return model.eval()
+
+    def fresh_model(self, seed: int, device: torch.device) -> Any:
+        """The model as `seed` initializes it: the same weights on every device."""
+        torch.manual_seed(seed)
+        return build_model(self.settings).to(device)
+
+
+def empty_model(settings: ModelSettings, device: torch.device) -> Any:
+    """A model whose weights are yet to be loaded: nothing is drawn from the random generator."""
+    with torch.device("meta"):
+        model = build_model(settings)
+    model = model.to_empty(device=device)
+    model.tie()
+    return model
+
+
+def token_type(vocabulary_size: int) -> np.dtype[Any]:
+    """How token ids are stored: little-endian, 2 bytes where they suffice."""
+    return np.dtype("<u2" if vocabulary_size <= 1 << 16 else "<u4")

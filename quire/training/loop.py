@@ -1,0 +1,328 @@
+"""The training loop, read from top to bottom. Nothing in it knows which model it trains.
+
+Trainer.fit         until finished: a step, the clock, what is due (a line, an evaluation, a checkpoint)
+Trainer.update      one optimizer step
+Trainer.evaluate    both losses, a sample, the plot, the checkpoints
+"""
+
+import json
+import math
+import time
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quire import files
+from quire.data.batches import Batches
+from quire.devices import peak_memory
+from quire.errors import UserError
+from quire.evaluation.evaluate import bits_per_byte
+from quire.evaluation.loss import total_loss
+from quire.generation.generate import GenerationSettings, Writer
+from quire.plots.loss import plot_losses
+from quire.progress import Update, bar, say
+from quire.run import Run
+from quire.training import state as states
+from quire.training.clock import Clock
+from quire.training.curves import curve
+from quire.training.engines import ENGINES
+from quire.training.optimizers import OPTIMIZERS, set_learning_rates
+from quire.training.precision import Precision, compiled
+from quire.training.schedules import SCHEDULES, warmed_up
+from quire.training.settings import TrainingSettings
+from quire.training.signals import Signals, Stopped
+from quire.training.state import TrainingState
+
+LINE_STEPS = 10  # a line of metrics.jsonl at least so often
+SAVES = 5  # checkpoints at least so often in a run
+SAMPLE_TOKENS = 300  # written at each evaluation
+EXPLODED = 2.0  # times the first loss
+PASSES = 10  # steps in a row that may be passed over before training stops
+
+
+class Trainer:
+    """A run being trained: its model, optimizers, data and state. `began` is time.time() at the command's start."""
+
+    def __init__(
+        self, run: Run, settings: TrainingSettings, tokens: np.ndarray, device: torch.device, began: float
+    ) -> None:
+        self.run, self.settings, self.device = run, settings, device
+        self.precision = Precision(settings.precision, device)
+        self.scaler = self.precision.scaler
+        self.engine = ENGINES[settings.engine]
+        self.model = run.fresh_model(settings.seed, device).train()
+        self.optimizers = OPTIMIZERS[settings.optimizer](self.model, settings)
+        self.batches = Batches(tokens, run.settings.context_length, settings.seed)
+        self.validation = run.validation_tokens()
+        self.state = TrainingState()
+        self.began = began
+        self.logged = (0, 0.0)  # step and time of the last line of metrics.jsonl
+        self.forward: Any = None  # the model, perhaps compiled; made when training starts
+
+    # ---- the loop ----
+
+    def fit(self) -> None:
+        """Train until the stretch is finished; a signal saves, and raises Stopped."""
+        state = self.state
+        self.clock = Clock(self.began - state.seconds, self.run.path / "decisions.jsonl")
+        self.start_forward()
+        self.clock.start_measuring(state.step)
+        self.logged = (state.step, self.clock.elapsed())
+        with Signals() as signals, bar(self.run.path.name) as show:
+            while not state.finished:
+                before = state.progress
+                self.update()
+                self.advance()
+                if state.finished or state.step == state.next_evaluation:
+                    self.evaluate()
+                else:
+                    if state.step % LINE_STEPS == 0:
+                        self.log(show)
+                    if math.floor(state.progress * SAVES) > math.floor(before * SAVES):
+                        self.save("last")
+                if signals.received and not state.finished:
+                    self.save("last")
+                    raise Stopped(signals.received, f"Stopped at step {state.step}; everything is saved.")
+
+    def start_forward(self) -> None:
+        """Decide on compilation."""
+        model, shape = self.model, self.run.settings
+        self.forward = compiled(model, self.settings, self.precision, shape.vocabulary_size, shape.context_length)
+
+    def update(self) -> None:
+        """One optimizer step on the next batch_size x accumulation_steps examples; each token weighs the same."""
+        state, settings, parts = self.state, self.settings, self.settings.accumulation_steps
+        set_learning_rates(self.optimizers, self.learning_rate_share())
+        batch = self.batches.take(state.cursor, settings.batch_size * parts)
+        loss: Tensor | float = 0.0
+        for part in batch.split(parts):
+            share = part.counted / batch.counted
+            scale = share * (self.scaler.get_scale() if self.scaler.is_enabled() else 1.0)
+            with self.precision.autocast():
+                loss = loss + share * self.engine.backpropagate(self.forward, part.to(self.device), scale)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        clip = settings.gradient_clip or math.inf
+        self.gradient_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
+        self.step_optimizers(float(loss))
+        self.model.zero_grad(set_to_none=True)
+        state.step += 1
+        state.tokens += batch.counted
+
+    def learning_rate_share(self) -> float:
+        """The share of the peak learning rate at this step."""
+        state, settings = self.state, self.settings
+        schedule, step = SCHEDULES[settings.schedule], state.step - state.start
+        share = warmed_up(
+            schedule, step, settings.warmup_steps, state.progress, settings.decay_floor, settings.decay_share
+        )
+        return share * state.lowered
+
+    def step_optimizers(self, loss: float) -> None:
+        """Apply the gradients, unless the loss is not to be trusted: then the policy says what happens."""
+        state = self.state
+        state.first_loss = state.first_loss if state.first_loss is not None else loss
+        overflow = self.scaler.is_enabled() and not math.isfinite(self.gradient_norm)  # the scaler's own business
+        finite = math.isfinite(loss) and (overflow or math.isfinite(self.gradient_norm))
+        if not finite or loss > EXPLODED * max(state.first_loss, 1.0):
+            self.pass_over(loss)
+            return
+        state.passed_over = 0
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        state.loss_sum += loss
+        state.loss_steps += 1
+
+    def pass_over(self, loss: float) -> None:
+        """Leave the weights alone; then stop, go on, or go back to the last checkpoint with half the learning rate."""
+        state, settings = self.state, self.settings
+        what = f"the loss became {loss:.4g}" if math.isfinite(loss) else "the loss is not finite"
+        if math.isfinite(loss) and not math.isfinite(self.gradient_norm):
+            what = "the gradient is not finite"
+        state.passed_over += 1
+        cause = f"The likeliest cause is a learning rate that is too high ({settings.learning_rate:g})"
+        if settings.non_finite == "stop" or state.passed_over > PASSES:
+            self.model.zero_grad(set_to_none=True)
+            self.save("last")
+            raise UserError(
+                f"At step {state.step} {what}; training stopped and kept the weights from before."
+                f" {cause}: start anew with a lower --learning-rate, or with --non-finite rollback."
+            )
+        if settings.non_finite == "rollback":
+            self.roll_back()
+            say(f"At step {state.step} {what}: back to the last good state, at half the learning rate. {cause}.")
+
+    def roll_back(self) -> None:
+        """Weights and optimizer of the last checkpoint (or the first weights); steps, data and clock go on."""
+        folder = self.run.folder("last")
+        if (found := self.run.checkpoint()) is not None:
+            states.restore(found, folder, self.model, self.optimizers, self.scaler)
+        else:
+            fresh = self.run.fresh_model(self.settings.seed, self.device)
+            self.model.load_state_dict(fresh.state_dict())
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
+        self.state.lowered /= 2
+
+    def advance(self) -> None:
+        """Let progress follow the step just taken; under --minutes the clock may correct it."""
+        state = self.state
+        state.seconds = self.clock.elapsed()
+        if state.end:
+            state.progress = (state.step - state.start) / (state.end - state.start)
+        else:
+            if state.step == state.start + 1:
+                self.clock.start_measuring(state.step)  # the first step warms up
+            state.progress += state.rate
+            if state.step != state.next_evaluation:  # there the clock decides after the evaluation
+                self.clock.decide(state, self.evaluation_steps())
+        state.finished = state.progress > 1 - 1e-9
+
+    def evaluation_steps(self) -> float:
+        """What an evaluation will cost, in training steps: forward alone is about a third of a step's work."""
+        per_step = self.settings.batch_size * self.settings.accumulation_steps * self.run.settings.context_length
+        return 1.2 * len(self.validation) / 3 / per_step
+
+    # ---- what is due now and then ----
+
+    def evaluate(self) -> None:
+        """Measure the held-out loss, keep the best, write a sample and the plot, and save."""
+        state, began = self.state, time.monotonic()
+        shape, size = self.run.settings, self.run.manifest["validation"]["bytes"]
+        total, count = total_loss(self.model, self.validation, shape.context_length, shape.vocabulary_size, self.device)
+        loss = total / count
+        improved = state.best_loss is None or loss < state.best_loss
+        if improved:
+            state.best_loss, state.best_step, state.stale = loss, state.step, 0
+        else:
+            self.be_patient()
+        self.log(None, validation_loss=loss, validation_bits_per_byte=bits_per_byte(total, size))
+        self.write_sample(loss)
+        plot_losses([curve(self.run, "step")], "step", self.run.path / "loss.png")
+        if not state.end and not state.finished:
+            self.clock.evaluation_seconds = time.monotonic() - began
+            self.clock.decide(state, 0.0)
+            state.finished = state.progress > 1 - 1e-9
+        if improved:
+            self.save("best")
+        self.save("last")
+        if state.end:
+            state.next_evaluation = min(state.end, state.step + self.interval())
+        self.clock.evaluation_seconds = time.monotonic() - began
+        self.clock.start_measuring(state.step)
+        self.logged = (state.step, self.clock.elapsed())  # evaluating is not training: it counts in no speed
+
+    def interval(self) -> int:
+        """Steps between evaluations in a stretch whose length is known."""
+        return self.settings.evaluation_interval or max(1, math.ceil((self.state.end - self.state.start) / 10))
+
+    def be_patient(self) -> None:
+        """Count evaluations without a better loss; past the patience, lower the learning rate or stop."""
+        state, settings = self.state, self.settings
+        state.stale += 1
+        if not settings.patience or state.stale < settings.patience:
+            return
+        since = f"No better held-out loss for {state.stale} evaluations, since step {state.best_step}"
+        state.stale = 0
+        if settings.patience_action == "stop":
+            say(f"{since}: training stops, the best is kept.")
+            state.finished = True
+        else:
+            state.lowered /= 2
+            say(f"{since}: the learning rate is halved.")
+
+    def log(self, show: Update | None, **measured: float) -> None:
+        """A line of metrics.jsonl: the training loss is the mean since the line before."""
+        state = self.state
+        step_seconds = (self.clock.elapsed() - self.logged[1]) / max(1, state.step - self.logged[0])
+        per_step = self.settings.batch_size * self.settings.accumulation_steps * self.run.settings.context_length
+        line = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 3),
+            "train_loss": state.loss_sum / state.loss_steps if state.loss_steps else None,
+            **measured,
+            "learning_rate": self.settings.learning_rate * self.learning_rate_share(),
+            "gradient_norm": self.gradient_norm if math.isfinite(self.gradient_norm) else None,
+            "tokens_per_second": round(per_step / step_seconds) if step_seconds else None,
+            "memory_bytes": peak_memory(self.device),
+        }
+        self.append("metrics.jsonl", json.dumps(line))
+        state.loss_sum, state.loss_steps = 0.0, 0
+        self.logged = (state.step, self.clock.elapsed())
+        if show is not None and line["train_loss"] is not None:
+            best = {} if state.best_loss is None else {"held_out": f"{state.best_loss:.3f}"}
+            rate = f"{line['tokens_per_second'] or 0:,}"
+            show(state.progress, step=state.step, loss=f"{line['train_loss']:.3f}", **best, tokens_per_second=rate)
+
+    def write_sample(self, loss: float) -> None:
+        """Add to samples.md what the model writes now; the same step and seed give the same sample."""
+        began = time.monotonic()
+        settings = GenerationSettings(tokens=SAMPLE_TOKENS, seed=self.settings.seed, temperature=0.8)
+        self.model.eval()
+        text = Writer(self.run, self.device, self.model).write([""], settings)[0].text
+        self.model.train()
+        fence = "`" * max(3, 1 + max((len(run) for run in text.split() if set(run) == {"`"}), default=0))
+        self.append(
+            "samples.md", f"## Step {self.state.step}: held-out loss {loss:.4f}\n\n{fence}text\n{text}\n{fence}\n"
+        )
+        self.clock.sample_seconds = time.monotonic() - began
+
+    def append(self, name: str, text: str) -> None:
+        """Add to one of the run's logs; the state knows its size, so that a resume can cut back what came after."""
+        path = self.run.path / name
+        files.append_line(path, text)
+        self.state.log_sizes[name] = path.stat().st_size
+
+    def save(self, which: str) -> None:
+        """Write the checkpoint `best` or `last`."""
+        states.save(self.run.folder(which), self.state, self.model, self.optimizers, self.scaler)
+
+    # ---- starting ----
+
+    def begin(self) -> None:
+        """A new run: its length from the settings."""
+        settings = self.settings
+        per_step = settings.batch_size * settings.accumulation_steps
+        steps = settings.steps
+        if settings.epochs:
+            steps = math.ceil(settings.epochs * self.batches.examples() / per_step)
+        elif settings.tokens:
+            steps = math.ceil(settings.tokens / (per_step * self.run.settings.context_length))
+        self.stretch(steps, settings.minutes)
+
+    def stretch(self, steps: int, minutes: float) -> None:
+        """Begin a stretch of so many steps, or of so much time."""
+        state = self.state
+        state.start, state.end, state.minutes = state.step, state.step + steps if steps else 0, minutes
+        state.seconds_before = state.seconds
+        state.progress, state.rate, state.finished, state.stale = 0.0, 0.0, False, 0
+        state.next_evaluation = min(state.end, state.step + self.interval()) if steps else 0
+
+    def load(self) -> bool:
+        """Take up the last checkpoint; False where the run was stopped before its first, and begins anew."""
+        found = self.run.checkpoint()
+        if found is None:
+            self.begin()
+        else:
+            self.state = states.restore(found, self.run.folder("last"), self.model, self.optimizers, self.scaler)
+        return found is not None
+
+    def cut_back_logs(self) -> None:
+        """Drop what the logs say of steps after the state: they will be taken again."""
+        for name in ("metrics.jsonl", "samples.md"):
+            path, size = self.run.path / name, self.state.log_sizes.get(name, 0)
+            if path.exists() and path.stat().st_size > size:
+                files.write_bytes(path, path.read_bytes()[:size])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that must be equal where two trainings are the same, as tensors by name."""
+        own = {f"model.{name}": tensor.detach() for name, tensor in self.model.named_parameters()}
+        training = states.training_tensors(self.model, self.optimizers, self.scaler)
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in {**own, **training}.items()}
+        cursor = asdict(self.state.cursor)
+        return {**copies, "cursor": torch.tensor([cursor["epoch"], cursor["position"], self.state.step])}

@@ -1,0 +1,118 @@
+"""How a model is trained, and how presets, files and flags come together."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from quire.config import Table, from_table, merged, preset, read_toml, to_table
+from quire.data.reading import DataSettings
+from quire.errors import UserError, choose
+from quire.models import MODELS, ModelSettings
+from quire.training.engines import ENGINES
+from quire.training.optimizers import OPTIMIZERS
+from quire.training.schedules import SCHEDULES
+
+LENGTHS = ("steps", "epochs", "tokens", "minutes")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a model is trained. Its length is exactly one of steps, epochs, tokens and minutes."""
+
+    steps: int = 0  # length: optimizer steps
+    epochs: float = 0.0  # length: passes over the training text
+    tokens: int = 0  # length: tokens trained on
+    minutes: float = 0.0  # length: wall time from the command's start to its exit
+    tokenizer: str = "character"  # a kind of tokenizer to fit, or the path of one to use as it is
+    batch_size: int = 12  # windows of the context length taken at once
+    accumulation_steps: int = 1  # batches whose gradients are added up for one optimizer step
+    optimizer: str = "adamw"  # adamw, adam, sgd or muon
+    learning_rate: float = 6e-4  # at its peak
+    matrix_learning_rate: float = 0.02  # muon: at its peak, for the matrices; learning_rate is for the rest
+    weight_decay: float = 0.1  # on matrices only
+    beta1: float = 0.9  # adam, adamw: decay of the mean of gradients
+    beta2: float = 0.95  # adam, adamw: decay of the mean of squared gradients
+    momentum: float = 0.95  # sgd, muon
+    gradient_clip: float = 1.0  # largest norm of the whole gradient; 0: any
+    schedule: str = "cosine"  # after the warm-up: cosine, linear, constant or warmup-stable-decay
+    warmup_steps: int = 100  # steps over which the learning rate grows to its peak
+    decay_floor: float = 0.1  # where the schedule ends, as a share of the peak
+    decay_share: float = 0.2  # warmup-stable-decay: the share of the run over which it falls
+    engine: str = "autograd"  # where gradients come from: autograd, or manual (every layer's own backward)
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on GPUs that have it
+    compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA, in runs long enough to gain by it
+    evaluation_interval: int = 0  # steps between evaluations; 0: about ten in a run
+    patience: int = 0  # evaluations without a better held-out loss until patience_action; 0: never
+    patience_action: Literal["lower", "stop"] = "stop"  # halve the learning rate, or stop
+    non_finite: Literal["stop", "skip", "rollback"] = "stop"  # when the loss is not finite, or explodes
+    seed: int = 1337  # of weights, order and dropout
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    threads: int = 0  # CPU threads; 0: one for each core this process may use
+    decisions: str = ""  # decisions.jsonl of an earlier run with --minutes, to repeat it exactly
+
+    def __post_init__(self) -> None:
+        choose("--engine", self.engine, list(ENGINES))
+        choose("--optimizer", self.optimizer, list(OPTIMIZERS))
+        choose("--schedule", self.schedule, list(SCHEDULES))
+        for name in ("batch_size", "accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
+        for name in (*LENGTHS, "learning_rate", "matrix_learning_rate", "weight_decay", "gradient_clip", "warmup_steps",
+                     "evaluation_interval", "patience", "seed", "threads"):  # fmt: skip
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(
+                    f"--{name.replace('_', '-')} must be a finite number of at least 0, not {getattr(self, name)}."
+                )
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 0 and below 1, not {getattr(self, name)}.")
+        for name in ("decay_floor", "decay_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}.")
+        given = [f"--{name}" for name in LENGTHS if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} both give the length of the training. Choose one.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run is made from; config.toml has a table for each part."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    def tables(self) -> Table:
+        """As config.toml spells it."""
+        return {"data": to_table(self.data), "model": to_table(self.model), "training": to_table(self.training)}
+
+    def with_model(self, **changes: object) -> "Settings":
+        """The same with other values of the model's settings."""
+        return replace(self, model=replace(self.model, **changes))  # type: ignore[arg-type]
+
+
+def layered(preset_name: str, file: str | Path | None = None, flags: Table | None = None) -> Table:
+    """The tables of a preset, a configuration file and flags, each over the one before.
+
+    A length given by a later one replaces whichever length an earlier one gave.
+    """
+    table = preset(preset_name)
+    for over in (read_toml(Path(file)) if file else {}, flags or {}):
+        training = over.get("training", {})
+        if any(training.get(name) for name in LENGTHS):
+            table = merged(table, {"training": dict.fromkeys(LENGTHS, 0)})
+        table = merged(table, over)
+    return table
+
+
+def typed(table: Table) -> Settings:
+    """The settings that a table spells; unknown tables, keys, kinds and choices are UserErrors."""
+    for name in table:
+        choose("The table", name, ["data", "model", "training"])
+    model = table.get("model", {})
+    kind = choose("--model.kind", model.get("kind", "gpt"), list(MODELS))
+    return Settings(
+        from_table(DataSettings, table.get("data", {}), "data"),
+        from_table(MODELS[kind].Settings, model, "model"),
+        from_table(TrainingSettings, table.get("training", {}), "training"),
+    )

@@ -1,0 +1,110 @@
+"""All that training changes, in one visible place: what a checkpoint must hold for an exact resume."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quire import checkpoint
+from quire.data.batches import Cursor
+from quire.training.optimizers import Optimizers
+
+
+@dataclass
+class TrainingState:
+    """Plain numbers, all in state.json; weights, optimizer and random generators are tensors beside it.
+
+    A run is trained in one or more stretches: `quire resume RUN --steps N` adds one, with a new warm-up.
+    """
+
+    step: int = 0  # optimizer steps taken
+    tokens: int = 0  # tokens trained on
+    seconds: float = 0.0  # wall time
+    cursor: Cursor = field(default_factory=Cursor)  # the place in the data
+    # the stretch
+    start: int = 0  # step at which it began
+    end: int = 0  # step at which it ends; 0: when the clock says so
+    minutes: float = 0.0  # its wall time, where the clock ends it
+    seconds_before: float = 0.0  # wall time of earlier stretches
+    progress: float = 0.0  # 0 at its beginning, 1 at its end
+    rate: float = 0.0  # progress of one step; 0: not known yet
+    next_evaluation: int = 0  # step
+    finished: bool = False
+    # the best so far, and what to do when it does not come
+    best_loss: float | None = None
+    best_step: int = 0
+    stale: int = 0  # evaluations since the best, or since the learning rate was lowered
+    lowered: float = 1.0  # share of the learning rate left by patience and rollbacks
+    first_loss: float | None = None  # of the first step: what a loss is called exploding by
+    passed_over: int = 0  # steps in a row without an update, because the loss was not finite
+    # since the last line of metrics.jsonl
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    log_sizes: dict[str, int] = field(default_factory=dict)  # bytes of each log at this state
+
+    def to_table(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_table(cls, table: dict[str, Any]) -> "TrainingState":
+        """From plain JSON; fields that an older Quire did not write keep their defaults."""
+        known = {item.name for item in fields(cls)}
+        return cls(**{**{k: v for k, v in table.items() if k in known}, "cursor": Cursor(**table["cursor"])})
+
+
+def training_tensors(model: nn.Module, optimizers: Optimizers, scaler: Any) -> dict[str, Tensor]:
+    """Optimizer state, named optimizer.PARAMETER.KEY, random generators and the loss scale."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    if scaler.is_enabled():
+        scale = scaler.state_dict()
+        tensors["scaler"] = torch.tensor([scale["scale"], scale["_growth_tracker"]], dtype=torch.float64)
+    for optimizer in optimizers:
+        for parameter, values in optimizer.state.items():
+            for key, value in values.items():
+                if value is not None:  # SGD without momentum
+                    tensors[f"optimizer.{names[id(parameter)]}.{key}"] = torch.as_tensor(value)
+    return tensors
+
+
+def restore_training_tensors(tensors: dict[str, Tensor], model: nn.Module, optimizers: Optimizers, scaler: Any) -> None:
+    """The inverse of `training_tensors`, into a model and optimizers already built."""
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    homes = {
+        parameter: optimizer for optimizer in optimizers for g in optimizer.param_groups for parameter in g["params"]
+    }
+    named = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            parameter_name, _, key = name.removeprefix("optimizer.").rpartition(".")
+            parameter = named[parameter_name]
+            # A step counter stays where its optimizer keeps it: on the CPU, or with the parameter if fused on a GPU.
+            fused = bool(homes[parameter].defaults.get("fused"))
+            device = parameter.device if tensor.dim() or fused else torch.device("cpu")
+            homes[parameter].state[parameter][key] = tensor.to(device, copy=True)
+    if "scaler" in tensors and scaler.is_enabled():
+        scale, tracker = tensors["scaler"].tolist()
+        scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": int(tracker)})
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+
+
+def save(folder: Any, state: TrainingState, model: nn.Module, optimizers: Optimizers, scaler: Any) -> None:
+    """Write a checkpoint that resumes exactly."""
+    tensors = training_tensors(model, optimizers, scaler)
+    checkpoint.save(folder, checkpoint.model_tensors(model), tensors, state.to_table())
+
+
+def restore(
+    found: checkpoint.Checkpoint, origin: Any, model: nn.Module, optimizers: Optimizers, scaler: Any
+) -> TrainingState:
+    """Put a checkpoint's tensors where they belong, and give its state."""
+    checkpoint.load_model_tensors(model, found.model, origin)
+    restore_training_tensors(found.training, model, optimizers, scaler)
+    return TrainingState.from_table(found.state)

@@ -1,0 +1,346 @@
+"""The table of archives and the safe fetch, against a package index served from this machine."""
+
+import dataclasses
+import hashlib
+import http.server
+import io
+import json
+import os
+import subprocess
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire import files, sources
+from quire.errors import UserError
+from quire.sources import SOURCES, Source, fetch, index_addresses, pip_settings, read_members
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+USERS_CACHE = files.cache_folder() / "archives"  # before any test names another
+
+
+def tar_gz(*members: tuple[str | tarfile.TarInfo, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for name, data in members:
+            entry = tarfile.TarInfo(name) if isinstance(name, str) else name
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def wheel(*members: tuple[str | zipfile.ZipInfo, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as zipped:
+        for name, data in members:
+            zipped.writestr(name, data)
+    return packed.getvalue()
+
+
+ARCHIVE = tar_gz(
+    ("poems-1.0/texts/b.txt", b"second"), ("poems-1.0/texts/a.txt", "fïrst".encode()), ("setup.py", b"1/0")
+)
+POEMS = Source(
+    name="poems",
+    package="poems",
+    version="1.0",
+    filename="poems-1.0.tar.gz",
+    size=len(ARCHIVE),
+    sha256=hashlib.sha256(ARCHIVE).hexdigest(),
+    members=("poems-1.0/texts/*.txt",),
+    description="",
+    licence="",
+    attribution="",
+)
+TEXTS = [("poems-1.0/texts/a.txt", "fïrst".encode()), ("poems-1.0/texts/b.txt", b"second")]
+
+
+class Index(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; remembers (path, Authorization) of each request; wants `server.password` where that is set."""
+
+    index_pages = ("index.json", "index.html")
+
+    def guess_type(self, path: str) -> str:
+        return {".json": "application/vnd.pypi.simple.v1+json", ".html": "text/html"}.get(Path(path).suffix, "a/b")
+
+    def do_GET(self) -> None:
+        authorization = self.headers["Authorization"]
+        self.server.requests.append((self.path, authorization))
+        if (moved := self.server.moved).get(self.path):
+            self.send_response(302)
+            self.send_header("Location", moved[self.path])
+            self.end_headers()
+        elif self.server.password not in (None, authorization):
+            self.send_error(401)
+        else:
+            for page in self.index_pages:
+                if self.path.endswith("/") and Path(self.translate_path(self.path), page).exists():
+                    self.path += page
+            super().do_GET()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def served(folder: Path) -> http.server.ThreadingHTTPServer:
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *arguments: Index(*arguments, directory=str(folder))
+    )
+    server.requests, server.password, server.moved = [], None, {}
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    return server
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.ThreadingHTTPServer]:
+    """A package index with poems-1.0.tar.gz (HTML), the only one that pip's settings name; an empty cache."""
+    for key in [key for key in os.environ if key.startswith("PIP_")]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        sources, "_pip", lambda *arguments: ""
+    )  # a third of a second each; a test below runs the real pip
+    page = tmp_path / "simple" / "poems" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text(
+        '<!DOCTYPE html><html><body><a href="../../files/poems-0.9.tar.gz">poems-0.9.tar.gz</a>'
+        '<a data-requires-python="&gt;=3" href="../../files/poems-1.0.tar.gz#sha256=00">poems-1.0.tar.gz</a></body>'
+    )
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "poems-1.0.tar.gz").write_bytes(ARCHIVE)
+    server = served(tmp_path)
+    monkeypatch.setenv("PIP_INDEX_URL", server.address + "/simple")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_fetched_once_then_read_from_the_cache(index, tmp_path):
+    seen = []
+    assert fetch(POEMS, lambda done, total: seen.append((done, total))) == TEXTS
+    assert seen[-1] == (len(ARCHIVE), len(ARCHIVE))
+    assert [path for path, _ in index.requests] == ["/simple/poems/", "/files/poems-1.0.tar.gz"]
+    assert fetch(POEMS) == TEXTS
+    assert len(index.requests) == 2
+    assert [path.name for path in (tmp_path / "cache").rglob("*.*")] == ["poems-1.0.tar.gz"]  # nothing unpacked
+
+
+def test_json_index(index, tmp_path):
+    page = {"files": [{"filename": "poems-1.0.tar.gz", "url": "../../files/poems-1.0.tar.gz", "hashes": {}}]}
+    (tmp_path / "simple" / "poems" / "index.json").write_text(json.dumps(page))
+    (tmp_path / "simple" / "poems" / "index.html").unlink()
+    assert fetch(POEMS) == TEXTS
+
+
+def test_a_damaged_cached_copy_is_fetched_anew(index, tmp_path):
+    fetch(POEMS)
+    cached = tmp_path / "cache" / "archives" / "poems-1.0.tar.gz"
+    cached.write_bytes(ARCHIVE[:50] + b"x" + ARCHIVE[51:])
+    assert fetch(POEMS) == TEXTS
+    assert cached.read_bytes() == ARCHIVE
+    assert len(index.requests) == 4
+
+
+def test_the_next_index_is_asked(index, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", index.address + "/absent")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", (tmp_path / "simple").as_uri())
+    assert fetch(POEMS) == TEXTS
+
+
+def test_other_bytes_are_refused(index, tmp_path):
+    (tmp_path / "files" / "poems-1.0.tar.gz").write_bytes(ARCHIVE[:-1] + b"x")
+    with pytest.raises(UserError, match="not the one known here, by its sha256"):
+        fetch(POEMS)
+    assert not list((tmp_path / "cache").rglob("*.*"))
+
+
+def test_no_more_than_the_pinned_size_is_downloaded(index, tmp_path):
+    (tmp_path / "files" / "poems-1.0.tar.gz").write_bytes(ARCHIVE + b"x")
+    with pytest.raises(UserError, match=f"larger than the {len(ARCHIVE):,} bytes allowed"):
+        fetch(POEMS)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "match"),
+    [
+        ("PIP_INDEX_URL", "http://127.0.0.1:9/simple", "refused"),
+        ("PIP_INDEX_URL", "{address}/absent", "404"),
+        ("PIP_INDEX_URL", "not an address", "unknown url type"),
+        ("PIP_NO_INDEX", "1", "no package index is configured"),
+        ("PIP_CERT", "/nowhere/ca.pem", "No such file"),
+    ],
+)
+def test_out_of_reach(index, monkeypatch, setting, value, match):
+    monkeypatch.setenv(setting, value.format(address=index.address))
+    with pytest.raises(UserError, match=rf"(?s)'poems' is not on this machine.*{match}.*quire train YOUR\.txt$"):
+        fetch(POEMS)
+
+
+def test_a_release_that_is_gone(index):
+    with pytest.raises(UserError, match=r"it has no poems-2\.0\.tar\.gz"):
+        fetch(dataclasses.replace(POEMS, filename="poems-2.0.tar.gz"))
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing(index, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert fetch(POEMS) == TEXTS
+
+
+def test_the_index_password_goes_to_the_index_only(index, tmp_path, monkeypatch):
+    elsewhere = served(tmp_path)
+    index.password = "Basic bWU6cHcg"  # me:pw and a space, in base 64
+    index.moved = {"/files/poems-1.0.tar.gz": elsewhere.address + "/files/poems-1.0.tar.gz"}
+    monkeypatch.setenv("PIP_INDEX_URL", index.address.replace("://", "://me:pw%20@") + "/simple")
+    assert fetch(POEMS) == TEXTS
+    assert index.requests[0][1] == index.password
+    assert elsewhere.requests == [("/files/poems-1.0.tar.gz", None)]
+    index.password = "Basic other"
+    (tmp_path / "cache" / "archives" / "poems-1.0.tar.gz").unlink()
+    with pytest.raises(UserError, match="401") as failed:
+        fetch(POEMS)
+    assert "pw" not in str(failed.value)
+    elsewhere.shutdown()
+    elsewhere.server_close()
+
+
+def test_text_inside_a_python_file_is_read_not_run(index, tmp_path):
+    program = 'raise SystemExit\nbible = Bible("""\nIn the \\"beginning\\" \\u2014 café""", {"more": """no"""})'
+    packed = wheel(("bible/text.py", program.encode()))
+    (tmp_path / "files" / "poems-1.0.tar.gz").write_bytes(packed)
+    source = dataclasses.replace(
+        SOURCES["king-james"],
+        package="poems",
+        filename="poems-1.0.tar.gz",
+        size=len(packed),
+        sha256=hashlib.sha256(packed).hexdigest(),
+        members=("bible/*.py",),
+    )
+    assert fetch(source) == [("bible/text.py", '\nIn the "beginning" — café'.encode())]
+
+
+# ---- pip's settings -----------------------------------------------------------------------------------------------
+
+
+def test_the_indexes_are_pips_own(tmp_path, monkeypatch):
+    for key in [key for key in os.environ if key.startswith("PIP_")]:
+        monkeypatch.delenv(key)
+    configured = tmp_path / "pip.conf"
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(configured))
+    configured.write_text("[global]\nindex-url = http://one.example/simple\ncert = /a.pem\n[download]\ncert = /b.pem\n")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "http://two.example/simple http://three.example/simple")
+    settings = pip_settings()
+    expected = ["http://one.example/simple", "http://two.example/simple", "http://three.example/simple"]
+    assert index_addresses(settings) == expected
+    assert settings["cert"] == "/b.pem"
+
+
+def test_the_default_index_is_the_one_pip_reports(monkeypatch):
+    models = pytest.importorskip("pip._internal.models.index", reason="pip keeps its default elsewhere")
+    for key in [key for key in os.environ if key.startswith("PIP_")]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    assert index_addresses({}) == [models.PyPI.simple_url]
+
+
+def test_a_python_without_pip(monkeypatch):
+    failing = subprocess.CompletedProcess((), 1, stdout="", stderr="No module named pip")
+    monkeypatch.setattr(sources.subprocess, "run", lambda *command, **options: failing)
+    assert index_addresses({"index-url": "http://one.example/simple"}) == ["http://one.example/simple"]
+    assert index_addresses({}) == []
+
+
+# ---- archives -----------------------------------------------------------------------------------------------------
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname = kind, target
+    return entry
+
+
+def zip_link(name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = 0o120777 << 16
+    return entry
+
+
+def announcing_16_gigabytes() -> bytes:
+    entry = tarfile.TarInfo("a.txt")
+    entry.size = 1 << 34
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        tar.addfile(entry)
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("archive", "match"),
+    [
+        (tar_gz(("../a.txt", b"x")), "would leave"),
+        (tar_gz(("texts/../../a.txt", b"x")), "would leave"),
+        (tar_gz(("/a.txt", b"x")), "would leave"),
+        (tar_gz(("C:\\a.txt", b"x")), "would leave"),
+        (tar_gz(("..\\a.txt", b"x")), "would leave"),
+        (tar_gz((special("a.txt", tarfile.SYMTYPE, "/etc/passwd"), b"")), "link or a device"),
+        (tar_gz((special("a.txt", tarfile.LNKTYPE, "b.txt"), b"")), "link or a device"),
+        (tar_gz((special("a.txt", tarfile.CHRTYPE), b"")), "link or a device"),
+        (tar_gz((special("a.txt", tarfile.FIFOTYPE), b"")), "link or a device"),
+        (announcing_16_gigabytes(), "expands to more than"),
+        (wheel(("../a.txt", b"x")), "would leave"),
+        (wheel(("/a.txt", b"x")), "would leave"),
+        (wheel(("C:/a.txt", b"x")), "would leave"),
+        (wheel((zip_link("a.txt"), b"/etc/passwd")), "link or a device"),
+    ],
+)
+def test_evil_members_are_refused_though_not_asked_for(archive, match):
+    for patterns in (("*.txt",), ("other",)):
+        with pytest.raises(UserError, match=match):
+            read_members(archive, patterns)
+
+
+@pytest.mark.parametrize("pack", [tar_gz, wheel])
+def test_bombs_are_refused(pack, monkeypatch):
+    monkeypatch.setattr(sources, "UNPACKED_LIMIT", 100_000)
+    halves = [("a.txt", bytes(60_000)), ("b.txt", bytes(60_000))]
+    assert read_members(pack(halves[0]), ("a.txt",)) == halves[:1]
+    with pytest.raises(UserError, match="expands to more than 100,000 bytes"):
+        read_members(pack(*halves), ("a.txt",))
+
+
+NAMES = st.lists(st.text("ab.", min_size=1, max_size=3).filter(lambda part: part.strip(".")), min_size=1, max_size=3)
+
+
+@given(st.dictionaries(NAMES.map("/".join), st.binary(max_size=50), max_size=5), st.sampled_from([tar_gz, wheel]))
+def test_every_ordinary_member_is_read(contents, pack):
+    assert read_members(pack(*contents.items()), ("*",)) == sorted(contents.items())
+
+
+# ---- the pins -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "documents", "characters"),
+    [
+        ("shakespeare", 42, 5_057_198),
+        ("tiny-shakespeare", 1, 1_115_394),
+        ("king-james", 1, 4_181_902),
+        ("paradise-lost", 1, 465_072),
+    ],
+)
+def test_pinned_archives_hold_the_text_they_promise(name, documents, characters, tmp_path, monkeypatch):
+    source = SOURCES[name]
+    if not (USERS_CACHE / source.filename).exists():
+        pytest.skip(f"{source.filename} has not been downloaded on this machine")
+    monkeypatch.setenv("QUIRE_CACHE", str(USERS_CACHE.parent))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    texts = [data.decode() for _, data in fetch(source)]
+    assert (len(texts), sum(map(len, texts))) == (documents, characters)
+    if name == "tiny-shakespeare" and (SHARED / "tinyshakespeare.txt").exists():
+        assert texts[0].encode() == (SHARED / "tinyshakespeare.txt").read_bytes()
