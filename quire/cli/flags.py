@@ -18,7 +18,7 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]  # --flag, without a --no-flag besid
 def parse(kind: type[T], words: list[str], command: str, default: T | None = None) -> T:
     """The command's flags as an instance of the dataclass `kind`; mistakes and --help end the program, 2 and 0."""
     given = {} if default is None else {"default": default}
-    return tyro.cli(kind, prog=f"quire {command}", args=words, use_underscores=False, **given)  # type: ignore[no-any-return,call-overload]
+    return tyro.cli(kind, prog=f"quire {command}", args=words, use_underscores=False, **given)  # type: ignore[call-overload]
 
 
 def value_of(words: list[str], flag: str) -> str | None:

@@ -197,6 +197,7 @@ class GPT(Layer):
                 wide = settings.initialization == "zero-output"
                 nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5 if wide else 0.02)
         for block in self.blocks:
+            assert isinstance(block, PreNormBlock)
             for projection in (block.attention.output, block.feedforward.down):
                 if settings.initialization == "zero-output":
                     nn.init.zeros_(projection.weight)
@@ -247,6 +248,7 @@ class GPT(Layer):
         if self.norm is not None:
             gradient = self.norm.backward(gradient)
         for block in reversed(self.blocks):
+            assert isinstance(block, PreNormBlock)
             gradient = block.backward(gradient)
         gradient = self.dropout.backward(gradient)
         if self.positions is not None:

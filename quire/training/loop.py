@@ -218,7 +218,7 @@ class Trainer:
 
     def interval(self) -> int:
         """Steps between evaluations in a stretch whose length is known."""
-        return self.settings.evaluation_interval or max(1, math.ceil((self.state.end - self.state.start) / 10))
+        return self.settings.evaluation_interval or max(10, math.ceil((self.state.end - self.state.start) / 10))
 
     def be_patient(self) -> None:
         """Count evaluations without a better loss; past the patience, lower the learning rate or stop."""

@@ -23,7 +23,7 @@ class Precision:
             raise UserError("--precision float16 needs a GPU. On a CPU choose float32 or bfloat16.")
         self.name, self.device = name, device
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Within it, matrix products are computed in this precision; parameters stay float32."""
