@@ -29,7 +29,7 @@ _FACE = {
     "load_tokenizer": "quire.tokenizers",
     "TOKENIZERS": "quire.tokenizers",
     "MODELS": "quire.models",
-    "CORPORA": "quire.sources",
+    "CORPORA": "quire.data.corpora",
     "PRESETS": "quire.config",
     "ENGINES": "quire.training.engines",
     "OPTIMIZERS": "quire.training.optimizers",

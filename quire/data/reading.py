@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from quire.data.corpora import CORPORA
 from quire.data.download import download
 from quire.errors import UserError, nearest
-from quire.sources import SOURCES, Progress, fetch, gunzip
+from quire.sources import Progress, fetch, gunzip
 
 _TEXT_SUFFIXES = (  # of what is read inside folders; a file named by hand may have any name
     ".txt .text .md .markdown .rst .org .adoc .tex .log .srt .vtt .csv .tsv .jsonl .json .xml .html .htm .css "
@@ -111,18 +112,18 @@ class _Reader:
             self.add_found(text, self.files_below(text))
         elif os.path.exists(text):
             self.add_bytes(os.path.abspath(text), _read_file(text))
-        elif text in SOURCES:
+        elif text in CORPORA:
             self.add_corpus(text)
         elif glob.has_magic(text):
             self.add_found(text, self.files_matching(text))
         else:
             raise UserError(
-                f"There is no file, folder or corpus named {text!r}.{nearest(text, list(SOURCES))} "
-                f"Known corpora: {', '.join(SOURCES)}."
+                f"There is no file, folder or corpus named {text!r}.{nearest(text, list(CORPORA))} "
+                f"Known corpora: {', '.join(CORPORA)}."
             )
 
     def add_corpus(self, name: str) -> None:
-        source = SOURCES[name]
+        source = CORPORA[name]
         utf8 = dataclasses.replace(self.settings, encoding="utf-8")
         for member, data in fetch(source, self.on_progress):
             self.corpus.documents += self.split(_decode(member, data, utf8))

@@ -127,24 +127,27 @@ class MultiHeadAttention(Layer):
         layer: int = 0,
     ) -> Tensor:
         query, key, value = self._split(self.query(x)), self._split(self.key(x)), self._split(self.value(x))
+        # Normalized and turned as (B, T, H, D), which lies in memory in one piece, then seen as (B, H, T, D).
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary is not None and angles is not None:
             query, key = self.rotary(query, *angles), self.rotary(key, *angles)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if cache is not None:
             key, value = cache.append(layer, key, value)
         mixed = self.attend(query, key, value, visible)  # (B, H, T, D)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def backward(self, grad: Tensor) -> Tensor:
-        query, key, value = self.attend.backward(self._split(self.output.backward(grad)))
+        mixed = self._split(self.output.backward(grad)).transpose(1, 2)
+        query, key, value = (part.transpose(1, 2) for part in self.attend.backward(mixed))  # (B, T, H, D)
         if self.rotary is not None:
             key, query = self.rotary.backward(key), self.rotary.backward(query)
         if self.query_norm is not None and self.key_norm is not None:
             key, query = self.key_norm.backward(key), self.query_norm.backward(query)
-        query, key, value = (part.transpose(1, 2).flatten(2) for part in (query, key, value))
+        query, key, value = query.flatten(2), key.flatten(2), value.flatten(2)
         return self.value.backward(value) + self.key.backward(key) + self.query.backward(query)
 
     def _split(self, x: Tensor) -> Tensor:
-        """(B, T, heads * D) to (B, heads, T, D)."""
-        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        """(B, T, heads * D) to (B, T, heads, D)."""
+        return x.unflatten(-1, (-1, self.head_size))

@@ -44,15 +44,13 @@ class RotaryPositions(Layer):
         self.head_size, self.base = head_size, base
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, each (T, D/2) or (B, 1, T, D/2), of positions (T) or (B, T): made once for all layers."""
+        """Cosine and sine, each (T, 1, D/2) or (B, T, 1, D/2), of positions (T) or (B, T): made once for all layers."""
         even = torch.arange(0, self.head_size, 2, device=positions.device, dtype=torch.float32)
-        angles = positions.float().unsqueeze(-1) / self.base ** (even / self.head_size)
-        if positions.dim() == 2:
-            angles = angles.unsqueeze(1)
+        angles = (positions.float().unsqueeze(-1) / self.base ** (even / self.head_size)).unsqueeze(-2)
         return angles.cos(), angles.sin()
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Turn x (B, H, T, D)."""
+        """Turn x (B, T, H, D)."""
         cosine, sine = cosine.to(x.dtype), sine.to(x.dtype)
         self.save(cosine, sine)
         return _turn(x, cosine, sine)

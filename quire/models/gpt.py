@@ -80,7 +80,7 @@ class GPTSettings(ModelSettings):
             return RMSNorm(self.embedding_size, self.norm_epsilon)
         return LayerNorm(self.embedding_size, self.bias, self.norm_epsilon)
 
-    def feedforward_layer(self) -> Layer:
+    def feedforward_layer(self) -> FeedForward | SwiGLU:
         """A fresh feedforward part."""
         hidden = self.feedforward_size or 4 * self.embedding_size
         if self.feedforward == "swiglu":
@@ -108,6 +108,10 @@ class PreNormBlock(Layer):
         self.feedforward_norm = settings.normalization_layer()
         self.feedforward = settings.feedforward_layer()
         self.dropout = Dropout(settings.dropout)
+
+    def projections(self) -> tuple[Linear, Linear]:
+        """The two maps whose output is added to the stream."""
+        return self.attention.output, self.feedforward.down
 
     def forward(
         self,
@@ -198,7 +202,7 @@ class GPT(Layer):
                 nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5 if wide else 0.02)
         for block in self.blocks:
             assert isinstance(block, PreNormBlock)
-            for projection in (block.attention.output, block.feedforward.down):
+            for projection in block.projections():
                 if settings.initialization == "zero-output":
                     nn.init.zeros_(projection.weight)
                 else:

@@ -23,7 +23,7 @@ class CharacterTokenizer(Tokenizer):
     padding, separator = range(2)
 
     def __init__(self, characters: str) -> None:
-        assert len(set(characters)) == len(characters), "a character stands twice in the vocabulary"
+        assert characters and len(set(characters)) == len(characters), "some characters, each once"
         self.characters = characters
         self.vocabulary_size = len(SPECIALS) + len(characters)
         codes = _code_points(characters)
@@ -39,13 +39,9 @@ class CharacterTokenizer(Tokenizer):
 
     def encode_array(self, text: str, unknown: Unknown = "error") -> np.ndarray:
         codes = _code_points(text)
-        if not self.characters:
-            known, places = np.zeros(len(codes), bool), np.zeros(len(codes), np.int64)
-        else:
-            places = np.minimum(np.searchsorted(self._sorted, codes), len(self._sorted) - 1)
-            known = self._sorted[places] == codes
-            places = self._order[places]
-        ids = (places + len(SPECIALS)).astype(np.int32)
+        places = np.minimum(np.searchsorted(self._sorted, codes), len(self._sorted) - 1)
+        known = self._sorted[places] == codes
+        ids = (self._order[places] + len(SPECIALS)).astype(np.int32)
         if known.all():
             return ids
         if unknown == "error":

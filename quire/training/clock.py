@@ -16,7 +16,7 @@ from quire.training.state import TrainingState
 PROBE_STEPS = 10  # after so many steps their cost is known, or
 PROBE_SHARE = 0.03  # after this share of the time, but at least 2
 EVALUATIONS = 10  # at most, in a run
-EVALUATION_SHARE = 0.1  # of the time may go into them
+EVALUATION_SHARE = 0.15  # of the time may go into them
 EXIT_SECONDS = 0.8  # for loading the best model, the last words and the process's end
 GRACE_SHARE, GRACE_SECONDS = 0.02, 1.0  # past the time before training is broken off in the middle of its schedule
 
@@ -70,7 +70,8 @@ class Clock:
         left = total - spent - EXIT_SECONDS - self.sample_seconds - evaluation  # the last evaluation is always made
         taken = state.step - state.start
         if state.rate == 0:
-            if taken < PROBE_STEPS and not (taken >= 2 and spent > PROBE_SHARE * total):
+            trained = step_seconds * taken
+            if taken < PROBE_STEPS and not (taken >= 2 and trained > PROBE_SHARE * total):
                 return None
         elif left < -max(GRACE_SECONDS, GRACE_SHARE * total):
             return Decision(state.step, 1.0, 1.0, state.step)  # the machine slowed down: stop here

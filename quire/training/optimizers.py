@@ -60,7 +60,8 @@ def split_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
     Rows of an embedding or of the output head belong to single tokens: orthogonalizing them mixes what is apart.
     """
     apart = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
-    apart.add(id(model.head.weight))  # type: ignore[union-attr]
+    if isinstance(head := getattr(model, "head", None), nn.Module):
+        apart.update(id(p) for p in head.parameters())
     matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in apart]
     taken = {id(p) for p in matrices}
     return matrices, [p for p in model.parameters() if id(p) not in taken]

@@ -94,13 +94,17 @@ class Settings:
 def layered(preset_name: str, file: str | Path | None = None, flags: Table | None = None) -> Table:
     """The tables of a preset, a configuration file and flags, each over the one before.
 
-    A length given by a later one replaces whichever length an earlier one gave.
+    A length given by a later one replaces whichever length an earlier one gave; another kind of model keeps only
+    those settings that every kind has.
     """
     table = preset(preset_name)
     for over in (read_toml(Path(file)) if file else {}, flags or {}):
         training = over.get("training", {})
         if any(training.get(name) for name in LENGTHS):
             table = merged(table, {"training": dict.fromkeys(LENGTHS, 0)})
+        model = table.get("model", {})
+        if (kind := over.get("model", {}).get("kind")) and kind != model.get("kind", ModelSettings.kind):
+            table["model"] = {name: value for name, value in model.items() if hasattr(ModelSettings, name)}
         table = merged(table, over)
     return table
 

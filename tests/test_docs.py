@@ -1,0 +1,102 @@
+"""What README and docs/ show works as it stands there."""
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from quire.cli.main import call
+from quire.data.corpora import CORPORA
+from quire.data.reading import DataSettings, read
+from quire.errors import UserError
+from quire.models import MODELS
+from quire.tokenizers import TOKENIZERS
+from quire.training.optimizers import OPTIMIZERS
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = "--steps 4 --model.layers 1 --model.context-length 32 --model.embedding-size 32 --model.heads 2 --batch-size 2"
+VERSE = "The owl that calls upon the night\nspeaks the unbeliever's fright. O wake,\n"
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The fenced blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def cut_down(command: str) -> list[str]:
+    """A command of the README, its training shortened and its model made small."""
+    words = [word for word in shlex.split(command, comments=True)][1:]
+    if words[0] in ("train", "resume") and "--verify" not in words:
+        for flag in ("--minutes", "--steps"):
+            while flag in words:
+                del words[words.index(flag) : words.index(flag) + 2]
+        words += shlex.split(SMALL) if words[0] == "train" else ["--steps", "3"]
+    if words[0] == "generate":
+        words += ["--tokens", "5"]
+    return words
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the documents speak of."""
+    for name in ("book.txt", "poems.txt", "other.txt"):
+        (tmp_path / name).write_text(VERSE * 60)
+    (tmp_path / "names.txt").write_text("\n".join(f"anna bert carla dora {i}" for i in range(200)))
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "one.md").write_text(VERSE * 60)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_readme_commands(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every `quire ...` line of the README, in its order, with --steps cut down."""
+    lines = [line for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("quire ")]
+    assert len(commands) >= 10
+    for command in commands:
+        words = cut_down(command)
+        assert call(words) == 0, f"{command}\n{capsys.readouterr().err}"
+
+
+def test_readme_python(desk: Path) -> None:
+    """The README's Python, likewise."""
+    (code,) = blocks(ROOT / "README.md", "python")
+    small = 'model={"layers": 1, "embedding_size": 32, "heads": 2, "context_length": 32}, steps=4'
+    assert "minutes=5" in code
+    exec(compile(code.replace("minutes=5", small), "README.md", "exec"), {})
+
+
+def test_extending(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model, tokenizer, corpus and optimizer of docs/extending.md, as they stand there."""
+    for table in (MODELS, TOKENIZERS, CORPORA, OPTIMIZERS):
+        for name in ("bigram", "byte", "sonnets", "lion"):
+            monkeypatch.setitem(table, name, None)
+            del table[name]
+    module = type(sys)("extending")
+    monkeypatch.setitem(sys.modules, "extending", module)  # dataclasses look their module up
+    names = {"__name__": "extending"}
+    module.__dict__.update(names)
+    for code in blocks(ROOT / "docs" / "extending.md", "python"):
+        exec(compile(code, "docs/extending.md", "exec"), module.__dict__)
+    for kind in ("bigram-autograd", "bigram-manual", "bytes", "lion"):
+        assert call(["resume", f"runs/{kind}", "--steps", "2"]) == 0
+        assert call(["resume", f"runs/{kind}", "--verify"]) == 0
+    assert {"bigram", "byte", "sonnets", "lion"} <= {*MODELS, *TOKENIZERS, *CORPORA, *OPTIMIZERS}
+
+
+def test_extending_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example corpus names a member that its archive has."""
+    code = next(code for code in blocks(ROOT / "docs" / "extending.md", "python") if "sonnets" in code)
+    monkeypatch.setitem(CORPORA, "sonnets", CORPORA["shakespeare"])
+    exec(code, {})
+    if os.environ.get("QUIRE_CACHE_OF_THE_USER"):
+        monkeypatch.setenv("QUIRE_CACHE", os.environ["QUIRE_CACHE_OF_THE_USER"])
+    try:
+        corpus = read(["sonnets"], DataSettings())
+    except UserError as error:
+        pytest.skip(f"the archive is neither cached nor to be had: {error}")
+    assert "Shall I compare thee" in corpus.documents[0]
