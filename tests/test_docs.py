@@ -28,9 +28,9 @@ def blocks(path: Path, language: str) -> list[str]:
 
 def cut_down(command: str) -> list[str]:
     """A command of the README, its training shortened and its model made small."""
-    words = [word for word in shlex.split(command, comments=True)][1:]
+    words = shlex.split(command, comments=True)[1:]
     if words[0] in ("train", "resume") and "--verify" not in words:
-        for flag in ("--minutes", "--steps"):
+        for flag in ("--minutes", "--steps", "--epochs"):
             while flag in words:
                 del words[words.index(flag) : words.index(flag) + 2]
         words += shlex.split(SMALL) if words[0] == "train" else ["--steps", "3"]

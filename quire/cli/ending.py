@@ -1,10 +1,8 @@
 """What train and resume show at the end: the figures, a sample, the verdict, and the next commands to try."""
 
 import shlex
-import time
 
 from quire.cli.flags import print_json, program
-from quire.cli.main import BEGAN
 from quire.generation.generate import GenerationSettings, Writer
 from quire.progress import say
 from quire.run import Run
@@ -19,14 +17,14 @@ def show_ending(run: Run, as_json: bool) -> int:
     evaluated = [row for row in metrics if row.get("validation_loss") is not None]
     best, last = min(evaluated, key=lambda row: row["validation_loss"]), metrics[-1]
     loss, bits = best["validation_loss"], best["validation_bits_per_byte"]
-    seconds = time.time() - BEGAN
+    seconds = last["seconds"]
     if as_json:
-        figures = {"run": str(run.path), "steps": last["step"], "tokens": last["tokens"], "seconds": round(seconds, 3)}
+        figures = {"run": str(run.path), "steps": last["step"], "tokens": last["tokens"], "seconds": seconds}
         print_json({**figures, "validation_loss": loss, "bits_per_byte": bits})
         return 0
     sample = Writer(run).write([""], GenerationSettings(tokens=SAMPLE_TOKENS, temperature=0.8))[0].text
     say(f"\nThe model writes:\n\n{sample}\n")
-    rate = last["tokens"] / max(last["seconds"], 1e-9)
+    rate = last["tokens"] / max(seconds, 1e-9)
     say(f"Trained {last['step']:,} steps on {last['tokens']:,} tokens in {seconds:.0f} s ({rate:,.0f} tokens/s).")
     say(f"Validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte (best, at step {best['step']}).", "bold")
     name, path = program(), shlex.quote(str(run.path))

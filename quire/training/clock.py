@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from quire import files
+from quire.progress import say
 from quire.training.state import TrainingState
 
 PROBE_STEPS = 10  # after so many steps their cost is known, or
@@ -73,6 +74,11 @@ class Clock:
             trained = step_seconds * taken
             if taken < PROBE_STEPS and not (taken >= 2 and trained > PROBE_SHARE * total):
                 return None
+            if evaluation > total / 3:
+                say(
+                    f"Measuring the held-out text will take about {evaluation:.0f} s of the {total:.0f} s:"
+                    " a smaller model, or a smaller --validation FILE, leaves more time for training."
+                )
         elif left < -max(GRACE_SECONDS, GRACE_SHARE * total):
             return Decision(state.step, 1.0, 1.0, state.step)  # the machine slowed down: stop here
         elif state.step < state.next_evaluation:

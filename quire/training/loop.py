@@ -85,7 +85,9 @@ class Trainer:
                         self.save("last")
                 if signals.received and not state.finished:
                     self.save("last")
-                    raise Stopped(signals.received, f"Stopped at step {state.step} and saved. Go on: quire resume {self.run.path}")
+                    raise Stopped(
+                        signals.received, f"Stopped at step {state.step} and saved. Go on: quire resume {self.run.path}"
+                    )
 
     def start_forward(self) -> None:
         """Decide on compilation."""

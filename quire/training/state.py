@@ -1,5 +1,6 @@
 """All that training changes, in one visible place: what a checkpoint must hold for an exact resume."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -54,12 +55,20 @@ class TrainingState:
         return cls(**{**{k: v for k, v in table.items() if k in known}, "cursor": Cursor(**table["cursor"])})
 
 
+def generators() -> dict[str, tuple[Tensor, Callable[[Tensor], None]]]:
+    """The states of torch's default random generators, and how to set them, by kind of device."""
+    found: dict[str, tuple[Tensor, Callable[[Tensor], None]]] = {"cpu": (torch.get_rng_state(), torch.set_rng_state)}
+    if torch.cuda.is_available():
+        found["cuda"] = (torch.cuda.get_rng_state(), torch.cuda.set_rng_state)
+    if torch.backends.mps.is_available():
+        found["mps"] = (torch.mps.get_rng_state(), torch.mps.set_rng_state)
+    return found
+
+
 def training_tensors(model: nn.Module, optimizers: Optimizers, scaler: Any) -> dict[str, Tensor]:
     """Optimizer state, named optimizer.PARAMETER.KEY, random generators and the loss scale."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    tensors = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    tensors = {f"random.{kind}": state for kind, (state, _) in generators().items()}
     if scaler.is_enabled():
         scale = scaler.state_dict()
         tensors["scaler"] = torch.tensor([scale["scale"], scale["_growth_tracker"]], dtype=torch.float64)
@@ -90,9 +99,9 @@ def restore_training_tensors(tensors: dict[str, Tensor], model: nn.Module, optim
     if "scaler" in tensors and scaler.is_enabled():
         scale, tracker = tensors["scaler"].tolist()
         scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": int(tracker)})
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    for kind, (_, set_state) in generators().items():
+        if (drawn := tensors.get(f"random.{kind}")) is not None:
+            set_state(drawn)
 
 
 def save(folder: Any, state: TrainingState, model: nn.Module, optimizers: Optimizers, scaler: Any) -> None:
