@@ -1,11 +1,13 @@
 """Training by the clock: how --minutes is met, and met again.
 
-Under --minutes the progress of a run (0 to 1) is a field of its state that grows by `rate` with each step. Only at a
-decision does the clock correct the rate: once after a few steps, when a step's cost is known, and then at each
-evaluation. Every decision is a line of decisions.jsonl; where a decision for a step is on record it is taken from
-there, not from the clock, so that a resumed or repeated run is the same, bit for bit.
+Under --minutes the progress of a run (0 to 1) is a field of its state that grows by `rate` with each step. The clock
+corrects the rate only at a decision: after a few steps, when a step's cost is known, at each evaluation, and each
+time a quarter of the steps that remain is done, so that the corrections get closer towards the end. Every decision is
+a line of decisions.jsonl; where one for a step is on record it is taken from there, not from the clock, so that a
+resumed or repeated run is the same, bit for bit.
 """
 
+import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from quire.training.state import TrainingState
 
 PROBE_STEPS = 10  # after so many steps their cost is known, or
 PROBE_SHARE = 0.03  # after this share of the time, but at least 2
+MEASURED_STEPS = 4  # between decisions, at least
 EVALUATIONS = 10  # at most, in a run
 EVALUATION_SHARE = 0.15  # of the time may go into them
 EXIT_SECONDS = 0.8  # for loading the best model, the last words and the process's end
@@ -24,11 +27,12 @@ GRACE_SHARE, GRACE_SECONDS = 0.02, 1.0  # past the time before training is broke
 
 @dataclass(frozen=True)
 class Decision:
-    """From `step` on, where the progress is `progress`, each step adds `rate`; the next evaluation follows."""
+    """From `step` on, where the progress is `progress`, each step adds `rate`; what comes next, by step."""
 
     step: int
     progress: float
     rate: float
+    next_decision: int
     next_evaluation: int
 
 
@@ -50,57 +54,61 @@ class Clock:
         """Steps from here on are measured: called where an evaluation ends."""
         self._mark = (step, self.elapsed())
 
-    def decide(self, state: TrainingState, evaluation_estimate: float) -> bool:
-        """Correct progress, rate and next evaluation, if this step calls for it; True where it did.
+    def decide(self, state: TrainingState, evaluation_steps: float = 0.0) -> None:
+        """Correct the state's progress, rate and what comes next, if this step calls for it.
 
-        Called after each step; `evaluation_estimate`, in steps, stands in until an evaluation has been measured.
+        Called after each step, or after the evaluation where one is due; `evaluation_steps`, the cost of an
+        evaluation in steps, stands in until one has been measured.
         """
         if (decision := self.decisions.get(state.step)) is None:
-            if max(self.decisions, default=0) > state.step or not (decision := self._new(state, evaluation_estimate)):
-                return False
+            if max(self.decisions, default=0) > state.step or not (decision := self._new(state, evaluation_steps)):
+                return
             self.decisions[state.step] = decision
-            files.append_line(self.record, _json(decision))
-        state.progress, state.rate, state.next_evaluation = decision.progress, decision.rate, decision.next_evaluation
-        return True
+            files.append_line(self.record, json.dumps(asdict(decision)))
+            self.start_measuring(state.step)
+        state.progress, state.rate = decision.progress, decision.rate
+        state.next_decision, state.next_evaluation = decision.next_decision, decision.next_evaluation
 
-    def _new(self, state: TrainingState, evaluation_estimate: float) -> Decision | None:
+    def _new(self, state: TrainingState, evaluation_steps: float) -> Decision | None:
+        """The decision to make at this step by the clock, if any."""
         total = state.minutes * 60
-        spent = state.seconds - state.seconds_before
         step_seconds = self._step_seconds(state.step)
-        evaluation = self.evaluation_seconds or evaluation_estimate * step_seconds
+        evaluation = self.evaluation_seconds or evaluation_steps * step_seconds
+        spent = self.elapsed() - state.seconds_before
         left = total - spent - EXIT_SECONDS - self.sample_seconds - evaluation  # the last evaluation is always made
-        taken = state.step - state.start
+        evaluated = state.step == state.next_evaluation
         if state.rate == 0:
-            trained = step_seconds * taken
-            if taken < PROBE_STEPS and not (taken >= 2 and trained > PROBE_SHARE * total):
+            taken = state.step - state.start
+            if taken < PROBE_STEPS and not (taken >= 2 and taken * step_seconds > PROBE_SHARE * total):
                 return None
-            if evaluation > total / 3:
-                say(
-                    f"Measuring the held-out text will take about {evaluation:.0f} s of the {total:.0f} s:"
-                    " a smaller model, or a smaller --validation FILE, leaves more time for training."
-                )
-        elif left < -max(GRACE_SECONDS, GRACE_SHARE * total):
-            return Decision(state.step, 1.0, 1.0, state.step)  # the machine slowed down: stop here
-        elif state.step < state.next_evaluation:
+            self._warn(evaluation, total)
+        elif left < -max(GRACE_SECONDS, GRACE_SHARE * total):  # the machine slowed down: stop here
+            return Decision(state.step, 1.0, 1.0, state.step, state.step)
+        elif not evaluated and state.step < state.next_decision:
             return None
         count = max(1, min(EVALUATIONS, int(EVALUATION_SHARE * total / max(evaluation, 1e-9))))
-        more = round((1 - state.progress) * count) - 1  # evaluations still to come before the last
-        left -= max(0, more) * evaluation
+        target = state.progress + (state.next_evaluation - state.step) * state.rate  # of the next evaluation
+        if state.rate == 0 or evaluated:
+            target = state.progress + 1 / count
+        if 1 - target < 0.5 / count:
+            target = 1.0
+        left -= round((1 - target) * count) * evaluation  # those before the last
         steps = max(1, int(left / max(step_seconds, 1e-9)))
         rate = (1 - state.progress) / steps
-        interval = max(1, min(steps, round(1 / count / rate)))
-        if steps - interval < interval / 2:
-            interval = steps
-        return Decision(state.step, state.progress, rate, state.step + interval)
+        until = max(1, round((target - state.progress) / rate))
+        return Decision(
+            state.step, state.progress, rate, state.step + max(MEASURED_STEPS, steps // 4), state.step + until
+        )
 
     def _step_seconds(self, step: int) -> float:
-        """Seconds a step takes, since the last mark; the very first step, which warms up, counts least."""
+        """Seconds a step takes, since the last mark."""
         assert self._mark is not None, "the clock is marked before the first step"
         marked, seconds = self._mark
         return (self.elapsed() - seconds) / max(1, step - marked)
 
-
-def _json(decision: Decision) -> str:
-    import json
-
-    return json.dumps(asdict(decision))
+    def _warn(self, evaluation: float, total: float) -> None:
+        if evaluation > total / 3:
+            say(
+                f"Measuring the held-out text will take about {evaluation:.0f} s of the {total:.0f} s:"
+                " a smaller model, or a smaller --validation FILE, leaves more time for training."
+            )

@@ -206,8 +206,8 @@ class Trainer:
         self.write_sample(loss)
         plot_losses([curve(self.run, "step")], "step", self.run.path / "loss.png")
         if not state.end and not state.finished:
-            self.clock.evaluation_seconds = time.monotonic() - began
-            self.clock.decide(state, 0.0)
+            self.clock.evaluation_seconds = max(self.clock.evaluation_seconds, time.monotonic() - began)
+            self.clock.decide(state)
             state.finished = state.progress > 1 - 1e-9
         if improved:
             self.save("best")

@@ -30,6 +30,7 @@ class TrainingState:
     seconds_before: float = 0.0  # wall time of earlier stretches
     progress: float = 0.0  # 0 at its beginning, 1 at its end
     rate: float = 0.0  # progress of one step; 0: not known yet
+    next_decision: int = 0  # step at which the clock corrects the rate
     next_evaluation: int = 0  # step
     finished: bool = False
     # the best so far, and what to do when it does not come
