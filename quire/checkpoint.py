@@ -7,6 +7,7 @@
 state.json is written last: a folder that has it is complete.
 """
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,19 +66,17 @@ def save(folder: Path, model: Tensors, training: Tensors, state: dict[str, Any])
 def load(folder: Path, training: bool = True) -> Checkpoint:
     """The checkpoint in `folder`, every byte checked; damage is a UserError that names the file and the tensor.
 
-    A checkpoint that is being replaced meanwhile is read again.
+    What cannot be read is tried again, twice: it may have been replaced meanwhile.
     """
-    for attempt in range(3):
+    for attempts_left in (2, 1, 0):
         found = files.complete_folder(folder, STATE)
-        if found is None:
-            raise UserError(f"There is no checkpoint in {folder}.")
-        before = found.stat().st_ino
         try:
+            if found is None:
+                raise UserError(f"There is no checkpoint in {folder}.")
             return _load(found, training)
         except (UserError, OSError):
-            if attempt < 2 and (not found.exists() or found.stat().st_ino != before):
-                continue
-            raise
+            if not attempts_left:
+                raise
     raise AssertionError("unreachable")
 
 
@@ -94,10 +93,14 @@ def _load(folder: Path, training: bool) -> Checkpoint:
 
 
 def _write_tensors(path: Path, tensors: Tensors) -> dict[str, Any]:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().to("cpu", copy=False).contiguous() for name, tensor in tensors.items()}
-    files.write_by(path, lambda new: save_file(plain, new))
+    try:
+        files.write_by(path, lambda new: save_file(plain, new))
+    except SafetensorError as error:  # a full disk, by another name
+        raise OSError(errno.EIO, str(error).rpartition("I/O error: ")[2], str(path)) from error
     return {
         "bytes": path.stat().st_size,
         "crc32": files.crc32_of(path),
@@ -113,7 +116,7 @@ def _read_tensors(path: Path, expected: dict[str, Any]) -> Tensors:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    remedy = "Restore it from a copy, or use the run's other checkpoint."
+    remedy = "Restore it from a copy of the run."
     if not path.exists():
         raise UserError(f"The checkpoint lacks {path}. {remedy}")
     if (size := path.stat().st_size) != expected["bytes"]:

@@ -70,11 +70,13 @@ def write_by(path: Path, writer: Callable[[Path], object]) -> None:
     _sync(path.parent)
 
 
-def append_line(path: Path, line: str) -> None:
-    """Add one line to a log and hand it to the operating system at once."""
+def append_line(path: Path, line: str, sync: bool = False) -> None:
+    """Add one line to a log and hand it to the operating system at once; `sync`: wait until the disk has it."""
     operation("write", path)
     with open(path, "a", encoding="utf-8", newline="\n") as file:
         file.write(line + "\n")
+    if sync:
+        _sync(path)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -189,7 +191,8 @@ def replace_folder(path: Path, writer: Callable[[Path], object]) -> None:
 
 def complete_folder(path: Path, last_file: str) -> Path | None:
     """The first of NAME, NAME.new, NAME.old that holds `last_file`, the file its writer writes last."""
-    for name in (path, beside(path), path.with_name(path.name + ".old")):
+    new, old = beside(path), path.with_name(path.name + ".old")
+    for name in (path, new, old, path):  # path again: it may have been renamed into place since the first look
         if (name / last_file).exists():
             return name
     return None
@@ -210,11 +213,15 @@ def sweep(folder: Path, last_file: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, sentence: str) -> Iterator[None]:
-    """Hold the lock file `path` for the length of a block, or fail with `sentence` where another process holds it."""
+def locked(path: Path, sentence: str = "") -> Iterator[None]:
+    """Hold the lock file `path` for the length of a block.
+
+    Where another process holds it: fail with `sentence`, or wait if there is none.
+    """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path, blocking=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, blocking=not sentence)
     try:
         lock.acquire()
     except Timeout as error:

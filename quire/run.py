@@ -3,12 +3,14 @@
 A model is named by its run directory in every command and every call.
 """
 
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from quire import checkpoint, files
 from quire.config import Table, from_table, read_checked_toml, write_checked_toml
@@ -29,17 +31,33 @@ class Run:
         self.config: Table = read_checked_toml(self.path / "config.toml")
 
     @classmethod
-    def create(cls, path: Path, config: Table, tokenizer: Tokenizer, manifest: Table, validation: np.ndarray) -> "Run":
-        """Make the directory with everything but a checkpoint; one that exists is refused, never overwritten."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} exists already. Name another --run, or go on with it: quire resume {path}")
+    def create(
+        cls,
+        path: Path,
+        config: Table,
+        tokenizer: Tokenizer,
+        manifest: Table,
+        validation: np.ndarray,
+        kept: dict[str, bytes],
+    ) -> "Run":
+        """Make the directory with everything but a checkpoint; one that exists is refused, never overwritten.
+
+        `kept` are further files by name. config.toml comes last: a directory that has it is a whole run.
+        """
+        refuse_existing(path)
         path.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(path / "tokenizer.json")
         data = validation.astype(token_type(tokenizer.vocabulary_size)).tobytes()
-        files.write_bytes(path / "data" / "validation.bin", data)
         held_out = {**manifest["validation"], "tokens": len(validation), "crc32": files.crc32(data)}
-        files.write_json(path / "manifest.json", {**manifest, "validation": held_out})
-        write_checked_toml(path / "config.toml", config)
+        try:
+            for name, content in kept.items():
+                files.write_bytes(path / name, content)
+            tokenizer.save(path / "tokenizer.json")
+            files.write_bytes(path / "data" / "validation.bin", data)
+            files.write_json(path / "manifest.json", {**manifest, "validation": held_out})
+            write_checked_toml(path / "config.toml", config)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
         return cls(path)
 
     # ---- its parts ----
@@ -54,7 +72,10 @@ class Run:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer this model was trained with."""
-        return load_tokenizer(self.path)
+        tokenizer = load_tokenizer(self.path)
+        if tokenizer.vocabulary_size != self.settings.vocabulary_size:
+            raise UserError(f"{self.path / 'tokenizer.json'} is not this model's: its vocabulary has another size.")
+        return tokenizer
 
     @cached_property
     def manifest(self) -> Table:
@@ -111,11 +132,25 @@ class Run:
 
 def empty_model(settings: ModelSettings, device: torch.device) -> Any:
     """A model whose weights are yet to be loaded: nothing is drawn from the random generator."""
-    with torch.device("meta"):
-        model = build_model(settings)
-    model = model.to_empty(device=device)
-    model.tie()
-    return model
+    with device, _Undrawn():
+        return build_model(settings)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves weights undrawn. (The usual way, over the meta device, has torch import its compiler for seconds.)"""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def refuse_existing(path: Path) -> None:
+    """A run is never overwritten, and neither is anything else."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        remedy = f", or go on with it: quire resume {path}" if (path / "config.toml").exists() else "."
+        raise UserError(f"{path} exists already. Name another --run{remedy}")
 
 
 def token_type(vocabulary_size: int) -> np.dtype[Any]:

@@ -31,8 +31,12 @@ def show_ending(run: Run, as_json: bool) -> int:
     epochs = last["tokens"] / max(1, run.manifest["report"]["tokens"] - run.manifest["validation"]["tokens"])
     say(verdict(metrics, epochs, f"{name} resume {path}"))
     say(f"Loss plot: {run.path / 'loss.png'}\n")
-    say(f"Next:  {name} generate {path}              ask it to write\n"
-        f"       {name} evaluate {path}              its figures again, or on another text\n"
-        f"       {name} resume {path} --minutes 5    train it further\n"
-        f"       {name} train YOUR.txt --minutes 5   a model of your own text")  # fmt: skip
+    next_commands = {
+        f"{name} generate {path}": "ask it to write",
+        f"{name} evaluate {path}": "its figures again, or on another text",
+        f"{name} resume {path} --minutes 5": "train it further",
+        f"{name} train YOUR.txt --minutes 5": "a model of your own text",
+    }
+    width = max(map(len, next_commands))
+    say("Next:  " + "\n       ".join(f"{command:{width}}   {what}" for command, what in next_commands.items()))
     return 0

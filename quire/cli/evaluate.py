@@ -1,22 +1,25 @@
 """quire evaluate: how well a run's model predicts."""
 
 from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import tyro
 
 from quire.cli.flags import RunPath, Switch, Texts, parse, print_json
 from quire.evaluation.evaluate import evaluate
 from quire.run import Run
 from quire.tokenizers.tokenizer import Unknown
 
+Stride = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: windows side by side)")]
+
 
 @dataclass(frozen=True)
 class Arguments:
     """Measure a run's best model on its held-out text, or on the whole of another TEXT."""
 
-    run: RunPath
+    run: RunPath  # the run directory
     text: Texts = ()  # files, folders, globs, addresses or corpora; none: the run's held-out text
-    stride: int | None = (
-        None  # predict so many new tokens in each of overlapping windows, with more context: slower, lower
-    )
+    stride: Stride = None  # overlapping windows, each for so many new tokens: more context, slower, a lower loss
     unknown: Unknown = "error"  # characters of TEXT outside the vocabulary: refuse, skip or replace them
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     json: Switch = False  # print one JSON object on standard output

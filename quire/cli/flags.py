@@ -1,5 +1,7 @@
 """Flags are generated from dataclasses: a field's comment is its help."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -8,17 +10,33 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from quire.errors import UserError
+
 T = TypeVar("T")
 
-Texts = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[TEXT ...]")]]
+Texts = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[TEXT ...]", help_behavior_hint="")]]
 RunPath = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
 Switch = tyro.conf.FlagCreatePairsOff[bool]  # --flag, without a --no-flag beside it
 
 
 def parse(kind: type[T], words: list[str], command: str, default: T | None = None) -> T:
-    """The command's flags as an instance of the dataclass `kind`; mistakes and --help end the program, 2 and 0."""
+    """The command's flags as an instance of the dataclass `kind`; mistakes and --help end the program, 2 and 0.
+
+    A UserError of a settings class is raised as it is; tyro would catch it, and draw a box around its sentence.
+    """
     given = {} if default is None else {"default": default}
-    return tyro.cli(kind, prog=f"quire {command}", args=words, use_underscores=False, **given)  # type: ignore[call-overload]
+    boxes = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxes):
+            return tyro.cli(kind, prog=f"quire {command}", args=words, use_underscores=False, **given)  # type: ignore[call-overload]
+    except SystemExit as end:
+        cause = end.__context__
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause from None
+            cause = cause.__context__
+        sys.stderr.write(boxes.getvalue())
+        raise
 
 
 def value_of(words: list[str], flag: str) -> str | None:

@@ -14,6 +14,7 @@ from quire.generation.generate import GenerationSettings, Writer
 from quire.progress import console, say
 from quire.run import Run
 
+Prompt = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: ask, or from a pipe)")]
 Stops = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
@@ -28,18 +29,18 @@ class WritingSettings(GenerationSettings):
 class Arguments:
     """Write text after a prompt. On a terminal without a prompt: asks, writes, asks again."""
 
-    run: RunPath
-    prompt: str | None = None  # what the text begins with; - reads it from standard input
+    run: RunPath  # the run directory
+    prompt: Prompt = None  # what the text begins with; - reads it from standard input
     prompt_file: str = ""  # a file with the prompt
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     json: Switch = False  # print one JSON object: samples with text, tokens and stopped_by
-    settings: OmitArgPrefixes[WritingSettings] = field(default_factory=WritingSettings)
+    writing: OmitArgPrefixes[WritingSettings] = field(default_factory=WritingSettings)
 
 
 def run(words: list[str]) -> int:
     """Write as asked."""
     given = parse(Arguments, words, "generate")
-    settings = GenerationSettings(**vars(given.settings))
+    settings = GenerationSettings(**vars(given.writing))
     prompt = read_prompt(given)
     writer = Writer(Run(given.run), given.device)
     if prompt is None:
@@ -59,7 +60,10 @@ def read_prompt(given: Arguments) -> str | None:
     if given.prompt is not None and given.prompt_file:
         raise UserError("--prompt and --prompt-file both give the prompt. Choose one.")
     if given.prompt_file:
-        return text_of(Path(given.prompt_file).read_bytes(), given.prompt_file)
+        try:
+            return text_of(Path(given.prompt_file).read_bytes(), given.prompt_file)
+        except OSError as error:
+            raise UserError(f"The prompt file {given.prompt_file} cannot be read ({error.strerror}).") from error
     if given.prompt == "-" or (given.prompt is None and not sys.stdin.isatty() and not given.json):
         return text_of(sys.stdin.buffer.read(), "standard input")
     if given.prompt is None and given.json:

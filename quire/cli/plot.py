@@ -12,14 +12,14 @@ from quire.plots.loss import plot_losses
 from quire.run import Run
 from quire.training.curves import AXES, curve
 
-Runs = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]
+Runs = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]]
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Draw training and held-out loss of runs into a PNG."""
 
-    runs: Runs
+    runs: Runs  # the run directories
     over: Literal["step", "tokens", "time"] = "tokens"  # the horizontal axis
     bits_per_byte: Switch = False  # held-out bits per byte instead of nats: compares different tokenizers
     out: str = "losses.png"  # the picture

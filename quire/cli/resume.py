@@ -13,18 +13,18 @@ from quire.progress import say
 from quire.run import Run
 from quire.training.train import VERIFIED_STEPS, resume, verify
 
+Paths = Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...", help_behavior_hint="")]
+
 
 @dataclass(frozen=True)
 class Arguments:
     """Continue a run exactly where it stopped; with --steps or --minutes, train a finished run further."""
 
-    run: RunPath
+    run: RunPath  # the run directory
     steps: int = 0  # train a finished run so many steps further; the learning rate warms up again
     minutes: float = 0.0  # train a finished run so much longer
     verify: Switch = False  # prove that stopping changes nothing: train a few steps twice, compare bits, keep nothing
-    data: Annotated[
-        tuple[str, ...], tyro.conf.arg(metavar="PATH ...")
-    ] = ()  # where the training text is now, if it moved
+    data: Paths = ()  # where the training text is now, if it moved
     engine: str = ""  # autograd or manual, if it is to change
     device: str = ""  # another device than before
     threads: int = 0  # another number of CPU threads; results then differ in the last bits
@@ -46,7 +46,9 @@ def run(words: list[str]) -> int:
 
 def show_proof(given: Arguments) -> int:
     """Say whether a resume is exact here."""
-    different = verify(given.run, data=list(given.data))
+    different = verify(
+        given.run, data=list(given.data), engine=given.engine, device=given.device, threads=given.threads
+    )
     if given.json:
         print_json({"run": given.run, "exact": different is None, "first_difference": different})
     elif different is None:

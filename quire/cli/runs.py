@@ -18,7 +18,7 @@ Folder = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="[FOLDER]")]]
 class Arguments:
     """List the runs in a folder: text, size, steps, best held-out loss and age."""
 
-    folder: Folder = "runs"
+    folder: Folder = "runs"  # where to look, at any depth
     json: Switch = False  # print one JSON object on standard output
 
 
@@ -48,7 +48,7 @@ def row(path: Path) -> dict[str, Any]:
         files = opened.folder("best" if opened.folder("best").exists() else "last").glob("model.safetensors")
         return {
             "run": str(path),
-            "text": ", ".join(opened.config.get("data", {}).get("text") or ["shakespeare"]),
+            "text": ", ".join(origin["path"] for origin in opened.manifest["data"]),
             "steps": metrics[-1]["step"] if metrics else 0,
             "model_bytes": sum(file.stat().st_size for file in files),
             "validation_loss": best.get("validation_loss"),
@@ -86,7 +86,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def size(count: int) -> str:
     """Bytes for a person."""
-    return f"{count / 1e6:.1f} MB" if count else "-"
+    if not count:
+        return "-"
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def age(seconds: float) -> str:

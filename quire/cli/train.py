@@ -2,16 +2,21 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from tyro.conf import FlagConversionOff, OmitArgPrefixes
 
 from quire.cli.ending import show_ending
 from quire.cli.flags import Switch, Texts, parse, value_of
 from quire.cli.main import BEGAN
+from quire.config import PRESETS
 from quire.data.reading import DataSettings
 from quire.models import ModelSettings
 from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
 from quire.training.train import train_run
+
+Preset = Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(PRESETS)}}}")]
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Arguments:
     """Train a model on TEXT and write it into a run directory. Flags over --config over --preset."""
 
     run: str = ""  # the run directory; without it runs/NAME after the first text
-    preset: str = "default"  # where the settings start from; the defaults shown here are this preset's
+    preset: Preset = "default"  # where the settings start from; the defaults shown here are this preset's
     config: str = ""  # a TOML file over the preset, for example another run's config.toml
     json: Switch = False  # print one JSON object on standard output at the end, and nothing else there
     training: OmitArgPrefixes[TrainingSettings] = field(default_factory=TrainingSettings)

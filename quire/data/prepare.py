@@ -6,14 +6,14 @@ that one document gives the plain loss that other tools report.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from quire import files
-from quire.data.reading import Corpus, DataSettings
+from quire.data.reading import Corpus
 from quire.errors import UserError
 from quire.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
 
@@ -43,7 +43,7 @@ class Prepared:
 
 
 def split(documents: list[str]) -> tuple[list[str], list[str], str]:
-    """Training documents, held-out documents, and how they were chosen (DESIGN: validation loss).
+    """Training documents, held-out documents, and how they were chosen (as docs/guide.md says).
 
     Whole documents (the last ones, up to a tenth and about 256,000 characters, at least one) where there are at
     least 20 and none exceeds a tenth of the text; otherwise the last tenth of the characters, at most 256,000.
@@ -67,22 +67,26 @@ def split(documents: list[str]) -> tuple[list[str], list[str], str]:
     return training, validation, f"the last {room / total:.0%} of the text" if total else ""
 
 
-def prepare(corpus: Corpus, settings: DataSettings, tokenizer_name: str, validation: Corpus | None = None) -> Prepared:
-    """Split, fit the tokenizer and encode; done once for each content, settings and tokenizer (kept in the cache).
+def prepare(corpus: Corpus, tokenizer_name: str, validation: Corpus | None = None) -> Prepared:
+    """Split, fit the tokenizer and encode; done once for each content and tokenizer (kept in the cache).
 
     `tokenizer_name` is a kind in TOKENIZERS, or the path of a tokenizer to use as it is.
     """
     ready = TOKENIZERS.get(tokenizer_name) or load_tokenizer(tokenizer_name)
-    key = _key(corpus, settings, tokenizer_name if isinstance(ready, type) else ready.to_table(), validation)
+    key = _key(corpus, tokenizer_name if isinstance(ready, type) else ready.to_table(), validation)
     folder = files.cache_folder() / "tokens" / key
-    if not (folder / "report.json").exists():
-        texts, held_out, how = split(corpus.documents)
-        if validation is not None:
-            texts, held_out, how = corpus.documents, validation.documents, "the validation text"
-        documents = len(corpus.documents) + (len(held_out) if validation is not None else 0)
-        _check_sizes(texts, held_out, named=validation is not None)
-        tokenizer = ready.train(texts + held_out) if isinstance(ready, type) else ready
-        _write(folder, tokenizer, texts, held_out, how, documents)
+    with files.locked(folder.with_name(f"{key}.lock")):
+        if not (folder / "report.json").exists():
+            documents = len(corpus.documents)
+            if validation is None:
+                texts, held_out, how = split(corpus.documents)
+            else:
+                texts, held_out, how = corpus.documents, validation.documents, "the validation text"
+                documents += len(held_out)
+            _check_sizes(texts, held_out, named=validation is not None)
+            # An inventory of characters may see the whole text; what counts or merges must not.
+            tokenizer = ready.train(texts + held_out) if isinstance(ready, type) else ready
+            _write(folder, tokenizer, texts, held_out, how, documents)
     return _open(folder)
 
 
@@ -126,11 +130,18 @@ def stream(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
     return np.concatenate([part for text in documents for part in (separator, tokenizer.encode_array(text))])
 
 
-def _key(corpus: Corpus, settings: DataSettings, tokenizer: Any, validation: Corpus | None) -> str:
-    origins = [origin["sha256"] for origin in corpus.origins]
-    held_out = None if validation is None else [origin["sha256"] for origin in validation.origins]
-    reading = {**asdict(settings), "text": origins, "validation": held_out}
-    return hashlib.sha256(json.dumps([1, reading, tokenizer], sort_keys=True).encode()).hexdigest()[:32]
+def _key(corpus: Corpus, tokenizer: Any, validation: Corpus | None) -> str:
+    """A name for what is prepared: from the documents themselves, since the same file can be read in several ways."""
+    contents = [None if part is None else _digest(part.documents) for part in (corpus, validation)]
+    return hashlib.sha256(json.dumps([2, contents, tokenizer], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _digest(documents: list[str]) -> str:
+    digest = hashlib.sha256()
+    for text in documents:
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
 
 
 def _check_sizes(texts: list[str], held_out: list[str], named: bool) -> None:

@@ -145,6 +145,9 @@ class _Reader:
             raise UserError(f"{text} holds no text{because}. Name a file, or a folder with .txt files in it.")
 
     def add_bytes(self, name: str, data: bytes) -> None:
+        if any(known["path"] == name for known in self.corpus.origins):
+            self.corpus.skipped.append((name, "was named twice"))
+            return
         origin = {"path": name, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         if not data:
             raise _NotText(_shown(name), "is empty", "Give a text to train on.")

@@ -17,7 +17,7 @@ from quire.errors import UserError
 class SamplingSettings:
     """How the next token is drawn."""
 
-    temperature: float = 1.0  # below 1 bolder guesses count more, above 1 less; 0: always the likeliest token
+    temperature: float = 1.0  # below 1 likely tokens become likelier, above 1 less so; 0: always the likeliest
     top_k: int = 0  # draw among the K likeliest tokens; 0: all
     top_p: float = 1.0  # draw among the likeliest tokens that together have this probability
     min_p: float = 0.0  # draw among tokens at least this share as likely as the likeliest

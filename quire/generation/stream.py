@@ -31,7 +31,7 @@ def tokens(
         full = [window for window in windows if len(window) > context_length]
         for window in full:
             del window[: -(context_length // 2)]
-        if full or not cached:
+        if full or cache is None:
             cache, logits = _encode(model, windows, device, cached)
         else:
             logits = model(torch.tensor(chosen, device=device).unsqueeze(1), cache=cache)[:, -1]

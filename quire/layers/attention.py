@@ -74,7 +74,7 @@ class ScaledDotProductAttention(Layer):
         return dropped @ value, weights
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Through W V:      dW = dY V^T,  dV = W^T dY
+        # Through W V:      dW = dY V^T,  dV = W^T dY, with W as dropout left it, and dW then back through dropout
         # Through softmax:  dS = W * (dW - sum over S of W dW); a hidden position has W = 0, hence dS = 0
         # Through Q K^T:    dQ = dS K / sqrt(D),  dK = dS^T Q / sqrt(D)
         query, key, value, weights, dropped, groups = self.saved()

@@ -8,7 +8,7 @@ from quire.layers.layer import Layer
 
 
 class Dropout(Layer):
-    """Srivastava et al. 2014. Draws from torch's default generator, the same numbers whether recording or not."""
+    """Srivastava et al. 2014. Draws from torch's default generator; on a CPU alike whether recording or not."""
 
     def __init__(self, p: float) -> None:
         super().__init__()

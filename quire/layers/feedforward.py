@@ -39,6 +39,7 @@ class SwiGLU(Layer):
         return self.down(gate * up)
 
     def backward(self, grad: Tensor) -> Tensor:
+        # Product rule, with a = silu(gate(x)) and u = up(x): da = dy u, du = dy a; x fed both: they add up.
         gate, up = self.saved()
         grad = self.down.backward(grad)
         return self.up.backward(grad * gate) + self.gate.backward(self.activation.backward(grad * up))

@@ -45,7 +45,7 @@ class RMSNorm(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         self.save(x)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.epsilon)
 
     def backward(self, grad: Tensor) -> Tensor:
         # With n = x * r, r = 1/sqrt(mean(x^2) + epsilon) and g = grad * weight: dL/dx = r * (g - n * mean(g * n)).

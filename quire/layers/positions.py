@@ -46,7 +46,8 @@ class RotaryPositions(Layer):
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine, each (T, 1, D/2) or (B, T, 1, D/2), of positions (T) or (B, T): made once for all layers."""
         even = torch.arange(0, self.head_size, 2, device=positions.device, dtype=torch.float32)
-        angles = (positions.float().unsqueeze(-1) / self.base ** (even / self.head_size)).unsqueeze(-2)
+        frequencies = 1 / self.base ** (even / self.head_size)  # rounded in this order, as other implementations do
+        angles = (positions.float().unsqueeze(-1) * frequencies).unsqueeze(-2)
         return angles.cos(), angles.sin()
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -37,15 +37,15 @@ class GPTSettings(ModelSettings):
     feedforward_size: int = 0  # hidden channels of the feedforward; 0: 4 x embedding_size
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"  # how a token knows its place
     rotary_base: float = 10000.0  # base of the rotary angles, "theta" elsewhere
-    normalization: Literal["layernorm", "rmsnorm"] = "layernorm"
+    normalization: Literal["layernorm", "rmsnorm"] = "layernorm"  # of the stream: centred and scaled, or scaled alone
     norm_placement: Literal["pre", "post"] = "pre"  # before each part (GPT-2) or after each sum (Vaswani)
     norm_epsilon: float = 1e-5  # added to the variance
-    feedforward: Literal["gelu-tanh", "gelu", "relu", "squared-relu", "swiglu"] = "gelu-tanh"
+    feedforward: Literal["gelu-tanh", "gelu", "relu", "squared-relu", "swiglu"] = "gelu-tanh"  # its curve
     bias: bool = True  # biases in linear layers and layer norms
     qk_norm: bool = False  # RMS-normalize each head's queries and keys (Qwen3)
     tied: bool = True  # the output head shares the token embedding's weights
     dropout: float = 0.0  # on embeddings, attention weights and each part's output
-    initialization: Literal["gpt2", "zero-output"] = "gpt2"  # see initialize()
+    initialization: Literal["gpt2", "zero-output"] = "gpt2"  # see initialize() in models/gpt.py
 
     def __post_init__(self) -> None:
         for name in ("embedding_size", "layers", "heads"):
@@ -125,6 +125,7 @@ class PreNormBlock(Layer):
         return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
 
     def backward(self, grad: Tensor) -> Tensor:
+        # Of a sum, both terms receive the gradient: the stream as it is, and the part that was added to it.
         grad = grad + self.feedforward_norm.backward(self.feedforward.backward(self.dropout.backward(grad)))
         return grad + self.attention_norm.backward(self.attention.backward(self.dropout.backward(grad)))
 
@@ -189,9 +190,9 @@ class GPT(Layer):
     def initialize(self) -> None:
         """Draw fresh weights from torch's default generator.
 
-        gpt2: normal with deviation 0.02, output projections of each part by 1 / sqrt(2 layers) less (Radford et al.
+        gpt2: normal with deviation 0.02, output projections of each part times 1 / sqrt(2 layers) (Radford et al.
         2019). zero-output: matrices normal with deviation 1 / sqrt(inputs), output projections and an untied head
-        zero, so that the model begins as the identity on its embeddings (as in modded-nanogpt).
+        zero, so that pre-norm blocks begin as the identity (as in modded-nanogpt).
         """
         settings = self.settings
         for module in self.modules():

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from quire import files
+from quire.errors import UserError
 from quire.progress import say
 from quire.training.state import TrainingState
 
@@ -36,15 +37,27 @@ class Decision:
     next_evaluation: int
 
 
+def read_decisions(path: Path) -> dict[int, Decision]:
+    """The decisions on record in `path`, by step."""
+    if not path.is_file():
+        raise UserError(f"--decisions {path}: there is no such file. Name the decisions.jsonl of an earlier run.")
+    try:
+        return {row["step"]: Decision(**row) for row in files.read_lines(path)}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} does not hold the decisions of a run with --minutes.") from error
+
+
 class Clock:
     """Wall time since `began` (time.time() at the command's start), and the decisions made by it."""
 
     def __init__(self, began: float, record: Path) -> None:
         self.began, self.record = began, record
-        self.decisions = {row["step"]: Decision(**row) for row in files.read_lines(record)}
+        self.decisions = read_decisions(record) if record.exists() else {}
         self.evaluation_seconds = 0.0  # what one took last; 0: not known yet
         self.sample_seconds = 0.0  # what writing a sample took last: one more is shown at the very end
-        self._mark: tuple[int, float] | None = None  # step and time from which a step's cost is measured
+        self.step_seconds = 0.0  # what a step takes
+        self._measured = 0  # steps over which that was measured: MEASURED_STEPS, once so many have been taken
+        self._mark = (0, 0.0)  # step and time from which it is measured next
 
     def elapsed(self) -> float:
         """Seconds since the command began."""
@@ -53,6 +66,16 @@ class Clock:
     def start_measuring(self, step: int) -> None:
         """Steps from here on are measured: called where an evaluation ends."""
         self._mark = (step, self.elapsed())
+
+    def measure(self, state: TrainingState) -> None:
+        """Note what the steps since the mark took, at the end of each of them."""
+        marked, seconds = self._mark
+        taken = state.step - marked
+        if not self.step_seconds:  # the very first step warms up: it counts only until there is another
+            self.step_seconds = state.seconds - seconds
+            self.start_measuring(state.step)
+        elif taken >= min(MEASURED_STEPS, self._measured + 1):
+            self.step_seconds, self._measured = (state.seconds - seconds) / taken, taken
 
     def decide(self, state: TrainingState, evaluation_steps: float = 0.0) -> None:
         """Correct the state's progress, rate and what comes next, if this step calls for it.
@@ -63,16 +86,24 @@ class Clock:
         if (decision := self.decisions.get(state.step)) is None:
             if max(self.decisions, default=0) > state.step or not (decision := self._new(state, evaluation_steps)):
                 return
-            self.decisions[state.step] = decision
-            files.append_line(self.record, json.dumps(asdict(decision)))
+            self._keep(decision)
             self.start_measuring(state.step)
         state.progress, state.rate = decision.progress, decision.rate
         state.next_decision, state.next_evaluation = decision.next_decision, decision.next_evaluation
 
+    def end(self, state: TrainingState) -> None:
+        """Put on record that the stretch ended here, so that one that repeats it asks no clock to its end."""
+        if state.step not in self.decisions:
+            self._keep(Decision(state.step, 1.0, state.rate, state.step, state.step))
+
+    def _keep(self, decision: Decision) -> None:
+        self.decisions[decision.step] = decision
+        files.append_line(self.record, json.dumps(asdict(decision)), sync=True)
+
     def _new(self, state: TrainingState, evaluation_steps: float) -> Decision | None:
         """The decision to make at this step by the clock, if any."""
         total = state.minutes * 60
-        step_seconds = self._step_seconds(state.step)
+        step_seconds = self.step_seconds
         evaluation = self.evaluation_seconds or evaluation_steps * step_seconds
         spent = self.elapsed() - state.seconds_before
         left = total - spent - EXIT_SECONDS - self.sample_seconds - evaluation  # the last evaluation is always made
@@ -99,12 +130,6 @@ class Clock:
         return Decision(
             state.step, state.progress, rate, state.step + max(MEASURED_STEPS, steps // 4), state.step + until
         )
-
-    def _step_seconds(self, step: int) -> float:
-        """Seconds a step takes, since the last mark."""
-        assert self._mark is not None, "the clock is marked before the first step"
-        marked, seconds = self._mark
-        return (self.elapsed() - seconds) / max(1, step - marked)
 
     def _warn(self, evaluation: float, total: float) -> None:
         if evaluation > total / 3:

@@ -1,8 +1,8 @@
 """Who fills in the gradients: autograd, or the layers' own hand-written backward. Nothing else learns which.
 
 An engine's `backpropagate(model, batch, scale)` adds scale times the gradient of the batch's mean loss to every
-parameter's `.grad`, and gives that loss, not scaled. It calls the model itself, never a method of it, so that
-wrappers (compilation, data parallelism) work.
+parameter's `.grad`, and gives that loss, not scaled. Its forward is a call of the model itself, never of a method, so
+that wrappers (compilation, data parallelism) work.
 """
 
 from typing import Any, Protocol

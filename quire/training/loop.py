@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quire import files
+from quire import checkpoint, files
 from quire.data.batches import Batches
 from quire.devices import peak_memory
 from quire.errors import UserError
@@ -37,7 +37,7 @@ from quire.training.signals import Signals, Stopped
 from quire.training.state import TrainingState
 
 LINE_STEPS = 10  # a line of metrics.jsonl at least so often
-SAVES = 5  # checkpoints at least so often in a run
+SAVES, SAVE_SECONDS = 5, 600.0  # checkpoints at least so often in a run, and at least after so much time
 SAMPLE_TOKENS = 300  # written at each evaluation
 EXPLODED = 2.0  # times the first loss
 PASSES = 10  # steps in a row that may be passed over before training stops
@@ -60,7 +60,8 @@ class Trainer:
         self.state = TrainingState()
         self.began = began
         self.logged = (0, 0.0)  # step and time of the last line of metrics.jsonl
-        self.forward: Any = None  # the model, perhaps compiled; made when training starts
+        self.saved = 0.0  # time of the last checkpoint
+        self.wrapped: Any = None  # the model as the engine calls it, perhaps compiled; made when training starts
 
     # ---- the loop ----
 
@@ -68,9 +69,9 @@ class Trainer:
         """Train until the stretch is finished; a signal saves, and raises Stopped."""
         state = self.state
         self.clock = Clock(self.began - state.seconds, self.run.path / "decisions.jsonl")
-        self.start_forward()
+        self.wrap_model()
         self.clock.start_measuring(state.step)
-        self.logged = (state.step, self.clock.elapsed())
+        self.logged, self.saved = (state.step, self.clock.elapsed()), time.monotonic()
         with Signals() as signals, bar(self.run.path.name) as show:
             while not state.finished:
                 before = state.progress
@@ -81,7 +82,8 @@ class Trainer:
                 else:
                     if state.step % LINE_STEPS == 0:
                         self.log(show)
-                    if math.floor(state.progress * SAVES) > math.floor(before * SAVES):
+                    fifth = math.floor(state.progress * SAVES) > math.floor(before * SAVES)
+                    if fifth or time.monotonic() - self.saved > SAVE_SECONDS:
                         self.save("last")
                 if signals.received and not state.finished:
                     self.save("last")
@@ -89,22 +91,23 @@ class Trainer:
                         signals.received, f"Stopped at step {state.step} and saved. Go on: quire resume {self.run.path}"
                     )
 
-    def start_forward(self) -> None:
-        """Decide on compilation."""
+    def wrap_model(self) -> None:
+        """Compile the model where that is asked for or pays."""
         model, shape = self.model, self.run.settings
-        self.forward = compiled(model, self.settings, self.precision, shape.vocabulary_size, shape.context_length)
+        self.wrapped = compiled(model, self.settings, self.precision, shape.vocabulary_size, shape.context_length)
 
     def update(self) -> None:
         """One optimizer step on the next batch_size x accumulation_steps examples; each token weighs the same."""
         state, settings, parts = self.state, self.settings, self.settings.accumulation_steps
-        set_learning_rates(self.optimizers, self.learning_rate_share())
+        self.rate_share = self.learning_rate_share()
+        set_learning_rates(self.optimizers, self.rate_share)
         batch = self.batches.take(state.cursor, settings.batch_size * parts)
-        loss: Tensor | float = 0.0
+        loss: Tensor | float = 0.0  # L = sum of (n_i / n) L_i: the mean over all n counted targets, part by part
         for part in batch.split(parts):
             share = part.counted / batch.counted
-            scale = share * (self.scaler.get_scale() if self.scaler.is_enabled() else 1.0)
+            scale = share * self.precision.loss_scale()
             with self.precision.autocast():
-                loss = loss + share * self.engine.backpropagate(self.forward, part.to(self.device), scale)
+                loss = loss + share * self.engine.backpropagate(self.wrapped, part.to(self.device), scale)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         clip = settings.gradient_clip or math.inf
@@ -126,11 +129,14 @@ class Trainer:
     def step_optimizers(self, loss: float) -> None:
         """Apply the gradients, unless the loss is not to be trusted: then the policy says what happens."""
         state = self.state
-        state.first_loss = state.first_loss if state.first_loss is not None else loss
-        overflow = self.scaler.is_enabled() and not math.isfinite(self.gradient_norm)  # the scaler's own business
+        if state.first_loss is None and math.isfinite(loss):
+            state.first_loss = loss
+        # An overflow of float16's range is not a fault: the scaler passes over the step and lowers its scale.
+        overflow = self.scaler.is_enabled() and not math.isfinite(self.gradient_norm)
         finite = math.isfinite(loss) and (overflow or math.isfinite(self.gradient_norm))
-        if not finite or loss > EXPLODED * max(state.first_loss, 1.0):
+        if not finite or loss > EXPLODED * max(state.first_loss or 0.0, 1.0):
             self.pass_over(loss)
+            self.scaler.update()
             return
         state.passed_over = 0
         for optimizer in self.optimizers:
@@ -140,7 +146,7 @@ class Trainer:
         state.loss_steps += 1
 
     def pass_over(self, loss: float) -> None:
-        """Leave the weights alone; then stop, go on, or go back to the last checkpoint with half the learning rate."""
+        """Leave the weights alone; then stop, go on, or go back to the best checkpoint with half the learning rate."""
         state, settings = self.state, self.settings
         what = f"the loss became {loss:.4g}" if math.isfinite(loss) else "the loss is not finite"
         if math.isfinite(loss) and not math.isfinite(self.gradient_norm):
@@ -148,21 +154,22 @@ class Trainer:
         state.passed_over += 1
         cause = f"The likeliest cause is a learning rate that is too high ({settings.learning_rate:g})"
         if settings.non_finite == "stop" or state.passed_over > PASSES:
-            self.model.zero_grad(set_to_none=True)
-            self.save("last")
             raise UserError(
-                f"At step {state.step} {what}; training stopped and kept the weights from before."
+                f"At step {state.step} {what}; training stopped, and the checkpoints from before are kept."
                 f" {cause}: start anew with a lower --learning-rate, or with --non-finite rollback."
             )
         if settings.non_finite == "rollback":
             self.roll_back()
-            say(f"At step {state.step} {what}: back to the last good state, at half the learning rate. {cause}.")
+            say(f"At step {state.step} {what}: back to the best weights so far, at half the learning rate. {cause}.")
 
     def roll_back(self) -> None:
-        """Weights and optimizer of the last checkpoint (or the first weights); steps, data and clock go on."""
-        folder = self.run.folder("last")
-        if (found := self.run.checkpoint()) is not None:
-            states.restore(found, folder, self.model, self.optimizers, self.scaler)
+        """Weights and optimizer of the best checkpoint (or the first weights); steps, data and clock go on.
+
+        Not of the last one: where that stands depends on when training was stopped.
+        """
+        folder = self.run.folder("best")
+        if checkpoint.exists(folder):
+            states.restore(checkpoint.load(folder), folder, self.model, self.optimizers, self.scaler)
         else:
             fresh = self.run.fresh_model(self.settings.seed, self.device)
             self.model.load_state_dict(fresh.state_dict())
@@ -177,8 +184,7 @@ class Trainer:
         if state.end:
             state.progress = (state.step - state.start) / (state.end - state.start)
         else:
-            if state.step == state.start + 1:
-                self.clock.start_measuring(state.step)  # the first step warms up
+            self.clock.measure(state)
             state.progress += state.rate
             if state.step != state.next_evaluation:  # there the clock decides after the evaluation
                 self.clock.decide(state, self.evaluation_steps())
@@ -197,7 +203,7 @@ class Trainer:
         shape, size = self.run.settings, self.run.manifest["validation"]["bytes"]
         total, count = total_loss(self.model, self.validation, shape.context_length, shape.vocabulary_size, self.device)
         loss = total / count
-        improved = state.best_loss is None or loss < state.best_loss
+        improved = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
         if improved:
             state.best_loss, state.best_step, state.stale = loss, state.step, 0
         else:
@@ -209,11 +215,14 @@ class Trainer:
             self.clock.evaluation_seconds = max(self.clock.evaluation_seconds, time.monotonic() - began)
             self.clock.decide(state)
             state.finished = state.progress > 1 - 1e-9
+        if not state.end and state.finished:
+            self.clock.end(state)
+        if state.end:
+            state.next_evaluation = min(state.end, state.step + self.interval())
+        state.seconds = self.clock.elapsed()
         if improved:
             self.save("best")
         self.save("last")
-        if state.end:
-            state.next_evaluation = min(state.end, state.step + self.interval())
         self.clock.evaluation_seconds = time.monotonic() - began
         self.clock.start_measuring(state.step)
         self.logged = (state.step, self.clock.elapsed())  # evaluating is not training: it counts in no speed
@@ -248,7 +257,7 @@ class Trainer:
             "seconds": round(state.seconds, 3),
             "train_loss": state.loss_sum / state.loss_steps if state.loss_steps else None,
             **measured,
-            "learning_rate": self.settings.learning_rate * self.learning_rate_share(),
+            "learning_rate": self.settings.learning_rate * self.rate_share,
             "gradient_norm": self.gradient_norm if math.isfinite(self.gradient_norm) else None,
             "tokens_per_second": round(per_step / step_seconds) if step_seconds else None,
             "memory_bytes": peak_memory(self.device),
@@ -283,6 +292,7 @@ class Trainer:
     def save(self, which: str) -> None:
         """Write the checkpoint `best` or `last`."""
         states.save(self.run.folder(which), self.state, self.model, self.optimizers, self.scaler)
+        self.saved = time.monotonic()
 
     # ---- starting ----
 
@@ -302,7 +312,7 @@ class Trainer:
         state = self.state
         state.start, state.end, state.minutes = state.step, state.step + steps if steps else 0, minutes
         state.seconds_before = state.seconds
-        state.progress, state.rate, state.finished, state.stale = 0.0, 0.0, False, 0
+        state.progress, state.rate, state.lowered, state.stale, state.finished = 0.0, 0.0, 1.0, 0, False
         state.next_evaluation = min(state.end, state.step + self.interval()) if steps else 0
 
     def load(self) -> bool:
@@ -320,6 +330,9 @@ class Trainer:
             path, size = self.run.path / name, self.state.log_sizes.get(name, 0)
             if path.exists() and path.stat().st_size > size:
                 files.write_bytes(path, path.read_bytes()[:size])
+        record = self.run.path / "decisions.jsonl"  # which stay, but for a line that a full disk cut short
+        if record.exists() and not (text := record.read_bytes()).endswith(b"\n"):
+            files.write_bytes(record, text[: text.rfind(b"\n") + 1])
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that must be equal where two trainings are the same, as tensors by name."""

@@ -31,20 +31,25 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
+    def loss_scale(self) -> float:
+        """What a loss is multiplied by before backward, so that float16 can hold its gradients; else 1."""
+        if not self.scaler.is_enabled():
+            return 1.0
+        self.scaler.scale(torch.zeros((), device=self.device))  # the scale comes into being with its first use
+        return self.scaler.get_scale()
+
 
 def compiled(model: nn.Module, settings: TrainingSettings, precision: Precision, vocabulary: int, context: int) -> Any:
     """The model compiled where the settings ask for it or it pays, else as it is; a failure is said and survived."""
-    if settings.compile == "yes" and settings.engine == "manual":
-        raise UserError("--compile yes needs --engine autograd: a recorded forward is not compiled.")
-    long = settings.steps >= COMPILE_STEPS or settings.minutes >= COMPILE_MINUTES
+    long = settings.minutes >= COMPILE_MINUTES or settings.steps >= COMPILE_STEPS
     pays = precision.device.type == "cuda" and long and settings.engine == "autograd"
     if settings.compile == "no" or (settings.compile == "auto" and not pays):
         return model
     faster = torch.compile(model)
-    tokens = torch.randint(vocabulary, (settings.batch_size, context), device=precision.device)
     cuda = [precision.device] if precision.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=cuda), precision.autocast():
+            tokens = torch.randint(vocabulary, (settings.batch_size, context), device=precision.device)
             faster(tokens, tokens).backward()
     except (RuntimeError, OSError, ImportError, AssertionError, torch._dynamo.exc.TorchDynamoException) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

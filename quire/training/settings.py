@@ -33,7 +33,7 @@ class TrainingSettings:
     beta1: float = 0.9  # adam, adamw: decay of the mean of gradients
     beta2: float = 0.95  # adam, adamw: decay of the mean of squared gradients
     momentum: float = 0.95  # sgd, muon
-    gradient_clip: float = 1.0  # largest norm of the whole gradient; 0: any
+    gradient_clip: float = 1.0  # the whole gradient is scaled down to at most this norm; 0: never
     schedule: str = "cosine"  # after the warm-up: cosine, linear, constant or warmup-stable-decay
     warmup_steps: int = 100  # steps over which the learning rate grows to its peak
     decay_floor: float = 0.1  # where the schedule ends, as a share of the peak
@@ -69,6 +69,8 @@ class TrainingSettings:
         for name in ("decay_floor", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}.")
+        if self.compile == "yes" and self.engine == "manual":
+            raise UserError("--compile yes needs --engine autograd: a recorded forward is not compiled.")
         given = [f"--{name}" for name in LENGTHS if getattr(self, name)]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} both give the length of the training. Choose one.")
@@ -98,7 +100,7 @@ def layered(preset_name: str, file: str | Path | None = None, flags: Table | Non
     those settings that every kind has.
     """
     table = preset(preset_name)
-    for over in (read_toml(Path(file)) if file else {}, flags or {}):
+    for over in (sections(read_toml(Path(file))) if file else {}, flags or {}):
         training = over.get("training", {})
         if any(training.get(name) for name in LENGTHS):
             table = merged(table, {"training": dict.fromkeys(LENGTHS, 0)})
@@ -111,12 +113,19 @@ def layered(preset_name: str, file: str | Path | None = None, flags: Table | Non
 
 def typed(table: Table) -> Settings:
     """The settings that a table spells; unknown tables, keys, kinds and choices are UserErrors."""
-    for name in table:
-        choose("The table", name, ["data", "model", "training"])
-    model = table.get("model", {})
+    model = sections(table).get("model", {})
     kind = choose("--model.kind", model.get("kind", "gpt"), list(MODELS))
     return Settings(
         from_table(DataSettings, table.get("data", {}), "data"),
         from_table(MODELS[kind].Settings, model, "model"),
         from_table(TrainingSettings, table.get("training", {}), "training"),
     )
+
+
+def sections(table: Table) -> Table:
+    """`table` itself, if it is made of the tables that config.toml has."""
+    for name, part in table.items():
+        choose("The table", name, ["data", "model", "training"])
+        if not isinstance(part, dict):
+            raise UserError(f"{name} must be a table, [{name}] with settings below it, not {part!r}.")
+    return table

@@ -56,12 +56,17 @@ class TrainingState:
         return cls(**{**{k: v for k, v in table.items() if k in known}, "cursor": Cursor(**table["cursor"])})
 
 
-def generators() -> dict[str, tuple[Tensor, Callable[[Tensor], None]]]:
-    """The states of torch's default random generators, and how to set them, by kind of device."""
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are."""
+    return next(model.parameters()).device
+
+
+def generators(device: torch.device) -> dict[str, tuple[Tensor, Callable[[Tensor], None]]]:
+    """The states of the random generators that a training on `device` draws from, and how to set them, by kind."""
     found: dict[str, tuple[Tensor, Callable[[Tensor], None]]] = {"cpu": (torch.get_rng_state(), torch.set_rng_state)}
-    if torch.cuda.is_available():
-        found["cuda"] = (torch.cuda.get_rng_state(), torch.cuda.set_rng_state)
-    if torch.backends.mps.is_available():
+    if device.type == "cuda":
+        found["cuda"] = (torch.cuda.get_rng_state(device), lambda state: torch.cuda.set_rng_state(state, device))
+    if device.type == "mps":
         found["mps"] = (torch.mps.get_rng_state(), torch.mps.set_rng_state)
     return found
 
@@ -69,7 +74,7 @@ def generators() -> dict[str, tuple[Tensor, Callable[[Tensor], None]]]:
 def training_tensors(model: nn.Module, optimizers: Optimizers, scaler: Any) -> dict[str, Tensor]:
     """Optimizer state, named optimizer.PARAMETER.KEY, random generators and the loss scale."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    tensors = {f"random.{kind}": state for kind, (state, _) in generators().items()}
+    tensors = {f"random.{kind}": state for kind, (state, _) in generators(device_of(model)).items()}
     if scaler.is_enabled():
         scale = scaler.state_dict()
         tensors["scaler"] = torch.tensor([scale["scale"], scale["_growth_tracker"]], dtype=torch.float64)
@@ -100,7 +105,7 @@ def restore_training_tensors(tensors: dict[str, Tensor], model: nn.Module, optim
     if "scaler" in tensors and scaler.is_enabled():
         scale, tracker = tensors["scaler"].tolist()
         scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": int(tracker)})
-    for kind, (_, set_state) in generators().items():
+    for kind, (_, set_state) in generators(device_of(model)).items():
         if (drawn := tensors.get(f"random.{kind}")) is not None:
             set_state(drawn)
 

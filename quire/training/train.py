@@ -2,10 +2,12 @@
 
 import platform
 import re
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ import quire
 from quire import files
 from quire.config import Table, from_table
 from quire.data.prepare import Prepared, prepare
-from quire.data.reading import DataSettings, read
+from quire.data.reading import Corpus, DataSettings, read
 from quire.devices import choose_device, set_threads, unused_card
 from quire.errors import UserError
 from quire.progress import bar, say
-from quire.run import Run
+from quire.run import Run, refuse_existing
+from quire.training.clock import read_decisions
 from quire.training.loop import Trainer
 from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
 from quire.training.verify import first_difference
@@ -61,7 +64,13 @@ def train_run(settings: Settings, path: Path | None = None, began: float | None 
     texts = settings.data.text or (DEFAULT_CORPUS,)
     path = path or free_path(texts[0])
     refuse_existing(path)
+    kept = {}
+    if decisions := settings.training.decisions:
+        read_decisions(Path(decisions))
+        kept["decisions.jsonl"] = Path(decisions).read_bytes()
     piped = sys.stdin.buffer.read() if "-" in texts else None
+    if piped is not None:
+        kept[f"data/{STANDARD_INPUT}"] = piped
     settings = replace(settings, data=replace(settings.data, text=texts))
     device, threads = prepare_machine(settings.training)
     settings = replace(settings, training=replace(settings.training, threads=threads))
@@ -69,15 +78,19 @@ def train_run(settings: Settings, path: Path | None = None, began: float | None 
     say(f"{', '.join(texts[:3])}: {prepared}")
     settings = fitted(settings, prepared)
     manifest = describe(settings, prepared, origins, device)
-    created = Run.create(path, settings.tables(), prepared.tokenizer, manifest, prepared.validation)
-    if piped is not None:
-        files.write_bytes(path / "data" / STANDARD_INPUT, piped)
-    if settings.training.decisions:
-        files.write_bytes(path / "decisions.jsonl", Path(settings.training.decisions).read_bytes())
-    trainer = Trainer(created, settings.training, prepared.training, device, began)
-    trainer.begin()
-    announce(created, trainer)
-    return fit(created, trainer)
+    created = Run.create(path, settings.tables(), prepared.tokenizer, manifest, prepared.validation, kept)
+    trainer = None
+    try:
+        with training_lock(created):
+            trainer = Trainer(created, settings.training, prepared.training, device, began)
+            trainer.begin()
+            announce(created, trainer)
+            trainer.fit()
+    except Exception:
+        if piped is None and (trainer is None or trainer.state.step == 0):
+            shutil.rmtree(path, ignore_errors=True)  # it holds nothing yet: leave the name free for the next try
+        raise
+    return created
 
 
 def resume(
@@ -99,63 +112,64 @@ def resume(
     run = run if isinstance(run, Run) else Run(run)
     if steps < 0 or minutes < 0 or (steps and minutes):
         raise UserError("Give --steps N or --minutes M, one of them, to train a finished run further.")
-    trainer, found = reopen(run, data, engine=engine, device=device, threads=threads, began=began)
-    state = trainer.state
-    if state.finished and not (steps or minutes):
-        say(
-            f"{run.path} is finished (step {state.step}): nothing to resume."
-            f" To train it further: quire resume {run.path} --minutes 5"
-        )
-        return run
-    if steps or minutes:
-        if not state.finished:
-            raise UserError(f"{run.path} is not finished (step {state.step}). Finish it first: quire resume {run.path}")
-        trainer.stretch(steps, minutes)
-        say(f"{run.path} trains on from step {state.step}; the learning rate warms up again.")
-    elif found:
-        say(f"{run.path} resumes at step {state.step}.")
-    else:
-        say(f"{run.path} was stopped before its first checkpoint and begins anew.")
-    return fit(run, trainer, save_first=bool(steps or minutes))
-
-
-def verify(run: Run | str | Path, *, data: Sequence[str] = ()) -> str | None:
-    """Train a few steps twice from the last checkpoint, once through a stop; the first part that differs, or None.
-
-    The run itself is left as it is.
-    """
-    run = run if isinstance(run, Run) else Run(run)
-    with tempfile.TemporaryDirectory() as folder:
-        opened: list[Any] = []
-
-        def trainer() -> Trainer:
-            if not opened:
-                opened.append(reopen(run, data)[0])
-                return opened[0]
-            first = opened[0]
-            again = Trainer(run, first.settings, first.batches.tokens, first.device, time.time())
-            again.load()
-            return again
-
-        return first_difference(trainer, Path(folder) / "checkpoint", VERIFIED_STEPS)
-
-
-def fit(run: Run, trainer: Trainer, save_first: bool = False) -> Run:
-    """Train under the run's lock; leftovers of a kill are swept first."""
-    sentence = f"Another process is training {run.path}. Wait for it, or stop it with Ctrl-C there."
-    with files.locked(run.path / ".lock", sentence):
+    with training_lock(run):
         files.sweep(run.path / "checkpoints", "state.json")
+        trainer = reopened(run, data, engine=engine, device=device, threads=threads, began=began)
+        found = trainer.load()
+        state = trainer.state
+        if state.finished and not (steps or minutes):
+            say(
+                f"{run.path} is finished (step {state.step}): nothing to resume."
+                f" To train it further: quire resume {run.path} --minutes 5"
+            )
+            return run
+        if (steps or minutes) and not state.finished:
+            raise UserError(f"{run.path} is not finished (step {state.step}). Finish it first: quire resume {run.path}")
         trainer.cut_back_logs()
-        if save_first:
+        if steps or minutes:
+            say(f"{run.path} trains on from step {state.step}; the learning rate warms up again.")
+            trainer.stretch(steps, minutes)
             trainer.save("last")
+        elif found:
+            say(f"{run.path} resumes at step {state.step}.")
+        else:
+            say(f"{run.path} was stopped before its first checkpoint and begins anew.")
         trainer.fit()
     return run
 
 
-def reopen(
+def verify(
+    run: Run | str | Path, *, data: Sequence[str] = (), engine: str = "", device: str = "", threads: int = 0
+) -> str | None:
+    """Train a few steps twice from the last checkpoint, once through a stop; the first part that differs, or None.
+
+    A finished run begins a new stretch for it, since the end of a schedule may move nothing. The run itself is left
+    as it is.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    first = reopened(run, data, engine=engine, device=device, threads=threads)
+
+    def trainer() -> Trainer:
+        again = Trainer(run, first.settings, first.batches.tokens, first.device, time.time())
+        again.load()
+        if again.state.finished:
+            again.stretch(VERIFIED_STEPS, 0.0)
+        return again
+
+    with tempfile.TemporaryDirectory() as folder:
+        return first_difference(trainer, Path(folder) / "checkpoint", VERIFIED_STEPS)
+
+
+def training_lock(run: Run) -> AbstractContextManager[None]:
+    """Held by the one process that trains a run."""
+    sentence = f"Another process is training {run.path}. Wait for it, or stop it with Ctrl-C there."
+    return files.locked(run.path / ".lock", sentence)
+
+
+def reopened(
     run: Run, data: Sequence[str] = (), *, engine: str = "", device: str = "", threads: int = 0, began: float = 0.0
-) -> tuple[Trainer, bool]:
-    """A trainer at the run's last checkpoint, and whether there was one; the text must be the one it began with."""
+) -> Trainer:
+    """A trainer for a run that exists, its checkpoint not loaded; the text must be the one it began with."""
     training = from_table(TrainingSettings, run.config.get("training", {}), "training")
     training = replace(
         training,
@@ -166,8 +180,7 @@ def reopen(
     settings = Settings(from_table(DataSettings, run.config.get("data", {}), "data"), run.settings, training)
     where, _ = prepare_machine(training)
     tokens = find_data(run, settings, tuple(data))
-    trainer = Trainer(run, training, tokens, where, began or time.time())
-    return trainer, trainer.load()
+    return Trainer(run, training, tokens, where, began or time.time())
 
 
 # ---- what a run begins with ----
@@ -183,19 +196,41 @@ def prepare_machine(training: TrainingSettings) -> tuple[torch.device, int]:
 
 def load_data(settings: Settings, piped: bytes | None = None) -> tuple[Prepared, list[Table]]:
     """The prepared text, and where it came from."""
+    corpus, held_out = read_texts(settings, piped)
+    return prepare(corpus, settings.training.tokenizer, held_out), corpus.origins
+
+
+def read_texts(
+    settings: Settings, piped: bytes | None = None, held_out: Corpus | None = None
+) -> tuple[Corpus, Corpus | None]:
+    """The text, and that of --validation where one is given (or `held_out` in its place)."""
     with bar("reading") as show:
 
         def on_bytes(done: int, total: int | None) -> None:
             show(done / total if total else 0.0, megabytes=f"{done / 1e6:.1f}")
 
         corpus = read(settings.data.text, settings.data, on_bytes, piped)
-        held_out = read([settings.data.validation], settings.data, on_bytes) if settings.data.validation else None
+        if settings.data.validation and held_out is None:
+            held_out = read([settings.data.validation], settings.data, on_bytes)
+    if held_out is not None:
+        leave_out(held_out, corpus)
     for sentence in corpus.attributions:
         say(sentence, "dim")
     if corpus.skipped:
         named = "; ".join(f"{path} {why}" for path, why in corpus.skipped[:5])
         say(f"Skipped {len(corpus.skipped)}: {named}{'; ...' if len(corpus.skipped) > 5 else ''}")
-    return prepare(corpus, settings.data, settings.training.tokenizer, held_out), corpus.origins
+    return corpus, held_out
+
+
+def leave_out(held_out: Corpus, corpus: Corpus) -> None:
+    """Take the held-out documents out of the training text, where a folder or a glob brought them in."""
+    apart = set(held_out.documents)
+    documents = [text for text in corpus.documents if text not in apart]
+    if not documents:
+        raise UserError("The text of --validation is the whole training text. Name another one, or leave it out.")
+    if count := len(corpus.documents) - len(documents):
+        say(f"{count} document{'s' * (count > 1)} of the training text left out: the text of --validation has them.")
+    corpus.documents = documents
 
 
 def fitted(settings: Settings, prepared: Prepared) -> Settings:
@@ -265,27 +300,30 @@ def free_path(text: str) -> Path:
     return path
 
 
-def refuse_existing(path: Path) -> None:
-    """A run is never overwritten."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists already. Name another --run, or go on with it: quire resume {path}")
-
-
 def find_data(run: Run, settings: Settings, moved: tuple[str, ...]) -> np.ndarray:
     """The run's training tokens, from the text it began with; another text is refused."""
     kept = run.path / "data" / STANDARD_INPUT
-    data = replace(settings.data, text=moved or settings.data.text)
+    data = replace(settings.data, text=moved or tuple(origin["path"] for origin in run.manifest["data"]))
     where = f"Say where the text is now: quire resume {run.path} --data PATH"
+    piped = kept.read_bytes() if kept.exists() else None
     try:
-        prepared, origins = load_data(replace(settings, data=data), kept.read_bytes() if kept.exists() else None)
+        corpus, held_out = read_texts(replace(settings, data=data), piped, kept_validation(run, settings))
     except UserError as error:
         raise UserError(f"The training text of {run.path} cannot be read: {error} {where}") from error
-    before, now = ([origin["sha256"] for origin in found] for found in (run.manifest["data"], origins))
+    before, now = ([origin["sha256"] for origin in found] for found in (run.manifest["data"], corpus.origins))
     if before != now:
         changed = next(
-            (new["path"] for old, new in zip(before, origins, strict=False) if old != new["sha256"]), data.text[0]
+            (new["path"] for old, new in zip(before, corpus.origins, strict=False) if old != new["sha256"]),
+            data.text[0],
         )
         raise UserError(f"{changed} is not the text that {run.path} began with: its contents differ. {where}")
-    if prepared.tokenizer.to_table() != run.tokenizer.to_table():
-        raise UserError(f"The tokenizer of {run.path} is not the one its text gives: tokenizer.json was exchanged.")
-    return prepared.training
+    return prepare(corpus, str(run.path / "tokenizer.json"), held_out).training
+
+
+def kept_validation(run: Run, settings: Settings) -> Corpus | None:
+    """The text of --validation, if one was given, as the run keeps it: the file itself may be gone."""
+    if not settings.data.validation:
+        return None
+    tokens = run.validation_tokens()
+    documents = np.split(tokens, np.flatnonzero(tokens == run.tokenizer.separator))[1:]  # it begins with a separator
+    return Corpus([run.tokenizer.decode(document) for document in documents])

@@ -11,7 +11,7 @@ def verdict(metrics: list[dict[str, Any]], epochs: float, resume: str) -> str:
 
     `epochs` is how often the text was read, `resume` the command that trains the run further.
     """
-    evaluated = [row for row in metrics if row.get("validation_loss") is not None]
+    evaluated = with_training_loss(metrics)
     if len(evaluated) < 2:
         return "Too few evaluations to say how training goes: train longer."
     best = min(evaluated, key=lambda row: row["validation_loss"])
@@ -37,3 +37,17 @@ def verdict(metrics: list[dict[str, Any]], epochs: float, resume: str) -> str:
             " text better than the language. More text or more --model.dropout help, more steps will not."
         )
     return f"Converged: the held-out loss fell by only {max(fall, 0):.3f} at the end. A larger model would go further."
+
+
+def with_training_loss(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines with an evaluation, each with the mean training loss of all steps since the evaluation before."""
+    evaluated, step, total, since = [], 0, 0.0, 0
+    for row in metrics:
+        if row["train_loss"] is not None:
+            total += row["train_loss"] * (row["step"] - step)
+            since += row["step"] - step
+        step = row["step"]
+        if row.get("validation_loss") is not None and since:
+            evaluated.append({**row, "train_loss": total / since})
+            total, since = 0.0, 0
+    return evaluated

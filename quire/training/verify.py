@@ -26,7 +26,7 @@ def first_difference(trainer: Callable[[], Trainer], folder: Path, steps: int) -
 
 
 def _after(trainer: Trainer, steps: int) -> dict[str, torch.Tensor]:
-    trainer.start_forward()
+    trainer.wrap_model()
     for _ in range(steps):
         trainer.update()
     return trainer.tensors()
