@@ -94,7 +94,7 @@ class _NotText(UserError):
 
 
 class _Reader:
-    def __init__(self, settings: DataSettings, on_progress: Progress | None, piped: bytes | None) -> None:
+    def __init__(self, settings: DataSettings, on_progress: Progress | None, piped: bytes | None = None) -> None:
         _check_encoding(settings.encoding)
         _check_kind(settings.documents)
         self.settings = settings

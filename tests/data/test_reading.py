@@ -109,7 +109,14 @@ def test_globs_match_files_and_folders_once():
 
 
 def test_arguments_keep_their_order():
-    assert documents(write("b.txt", "b"), write("a.txt", "a"), "b.txt") == ["b", "a", "b"]
+    assert documents(write("b.txt", "b"), write("a.txt", "a")) == ["b", "a"]
+
+
+def test_a_text_named_twice_is_read_once():
+    """Else it could be held out and trained on."""
+    corpus = read([write("b.txt", "b"), write("a.txt", "a"), "b.txt"], DataSettings())
+    assert corpus.documents == ["b", "a"]
+    assert corpus.skipped == [(os.path.abspath("b.txt"), "was named twice")]
 
 
 def test_standard_input(monkeypatch):
