@@ -66,18 +66,18 @@ def save(folder: Path, model: Tensors, training: Tensors, state: dict[str, Any])
 def load(folder: Path, training: bool = True) -> Checkpoint:
     """The checkpoint in `folder`, every byte checked; damage is a UserError that names the file and the tensor.
 
-    What cannot be read is tried again, twice: it may have been replaced meanwhile.
+    One that is being replaced meanwhile is read again.
     """
-    for attempts_left in (2, 1, 0):
+    while True:
+        before = files.stamp(folder, STATE)
         found = files.complete_folder(folder, STATE)
         try:
             if found is None:
                 raise UserError(f"There is no checkpoint in {folder}.")
             return _load(found, training)
         except (UserError, OSError):
-            if not attempts_left:
+            if files.stamp(folder, STATE) == before:
                 raise
-    raise AssertionError("unreachable")
 
 
 def exists(folder: Path) -> bool:

@@ -191,11 +191,26 @@ def replace_folder(path: Path, writer: Callable[[Path], object]) -> None:
 
 def complete_folder(path: Path, last_file: str) -> Path | None:
     """The first of NAME, NAME.new, NAME.old that holds `last_file`, the file its writer writes last."""
-    new, old = beside(path), path.with_name(path.name + ".old")
-    for name in (path, new, old, path):  # path again: it may have been renamed into place since the first look
+    for name in (*_names(path), path):  # path again: it may have been renamed into place since the first look
         if (name / last_file).exists():
             return name
     return None
+
+
+def stamp(path: Path, last_file: str) -> list[tuple[int, int]]:
+    """What differs before and after NAME, NAME.new and NAME.old change places."""
+    found = []
+    for name in _names(path):
+        try:
+            status = (name / last_file).stat()
+            found.append((status.st_ino, status.st_mtime_ns))
+        except OSError:
+            found.append((0, 0))
+    return found
+
+
+def _names(path: Path) -> tuple[Path, Path, Path]:
+    return path, beside(path), path.with_name(path.name + ".old")
 
 
 def sweep(folder: Path, last_file: str) -> None:

@@ -20,6 +20,7 @@ from quire.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
 HELD_OUT_CHARACTERS = 256_000  # at most, by default
 HELD_OUT_SHARE = 0.1
 WHOLE_DOCUMENTS = 20  # from this many on, whole documents are held out
+STREAMS = ("training.bin", "validation.bin")
 FEWEST_HELD_OUT = 50  # tokens; a loss over fewer says little
 
 
@@ -76,7 +77,7 @@ def prepare(corpus: Corpus, tokenizer_name: str, validation: Corpus | None = Non
     key = _key(corpus, tokenizer_name if isinstance(ready, type) else ready.to_table(), validation)
     folder = files.cache_folder() / "tokens" / key
     with files.locked(folder.with_name(f"{key}.lock")):
-        if not (folder / "report.json").exists():
+        if not _is_whole(folder):
             documents = len(corpus.documents)
             if validation is None:
                 texts, held_out, how = split(corpus.documents)
@@ -107,20 +108,26 @@ def _write(folder: Path, tokenizer: Tokenizer, texts: list[str], held_out: list[
 
     def write(new: Path) -> None:
         tokenizer.save(new / "tokenizer.json")
-        for name, tokens in (("training.bin", training), ("validation.bin", validation)):
+        for name, tokens in zip(STREAMS, (training, validation), strict=True):
             files.write_bytes(new / name, tokens.tobytes())
-        files.write_json(new / "report.json", report)
+        checksums = {name: files.crc32_of(new / name) for name in STREAMS}
+        files.write_json(new / "report.json", {**report, "checksums": checksums})
 
     files.replace_folder(folder, write)
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether what is prepared is there, and no bit of it has changed."""
+    try:
+        checksums = files.read_json(folder / "report.json")["checksums"]
+        return all(files.crc32_of(folder / name) == checksums[name] for name in STREAMS)
+    except (OSError, UserError):
+        return False
+
+
 def _open(folder: Path) -> Prepared:
     report = files.read_json(folder / "report.json")
-    training, validation = (
-        np.memmap(folder / f"{part}.bin", dtype="<i4", mode="r") for part in ("training", "validation")
-    )
-    if len(training) + len(validation) != report["tokens"]:
-        raise UserError(f"{folder} is damaged. Delete that folder and try again.")
+    training, validation = (np.memmap(folder / name, dtype="<i4", mode="r") for name in STREAMS)
     return Prepared(load_tokenizer(folder / "tokenizer.json"), training, validation, report["validation_bytes"], report)
 
 

@@ -268,7 +268,7 @@ class Trainer:
         if show is not None and line["train_loss"] is not None:
             best = {} if state.best_loss is None else {"held_out": f"{state.best_loss:.3f}"}
             rate = f"{line['tokens_per_second'] or 0:,}"
-            show(state.progress, step=state.step, loss=f"{line['train_loss']:.3f}", **best, tokens_per_second=rate)
+            show(state.progress, step=state.step, loss=f"{line['train_loss']:.3f}", **best, **{"tokens/s": rate})
 
     def write_sample(self, loss: float) -> None:
         """Add to samples.md what the model writes now; the same step and seed give the same sample."""
