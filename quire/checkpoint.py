@@ -121,12 +121,14 @@ def _read_tensors(path: Path, expected: dict[str, Any]) -> Tensors:
         raise UserError(f"The checkpoint lacks {path}. {remedy}")
     if (size := path.stat().st_size) != expected["bytes"]:
         raise UserError(f"{path} is damaged: it has {size} bytes instead of {expected['bytes']}. {remedy}")
-    if files.crc32_of(path) == expected["crc32"]:
-        return load_file(path)
+    intact = files.crc32_of(path) == expected["crc32"]
     try:
         tensors = load_file(path)
+        # What was loaded is checked too: the file may have been exchanged for a newer one since the line above.
         changed = [name for name, tensor in tensors.items() if _tensor_crc32(tensor) != expected["tensors"].get(name)]
-    except (SafetensorError, ValueError, KeyError, OSError):
-        changed = []
+    except (SafetensorError, RuntimeError, ValueError, KeyError):
+        changed, intact = [], False
+    if intact and not changed:
+        return tensors
     part = f"tensor {changed[0]}" if changed else "its header"
     raise UserError(f"{path} is damaged: {part} does not match its checksum. {remedy}")

@@ -20,6 +20,7 @@ from quire.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
 HELD_OUT_CHARACTERS = 256_000  # at most, by default
 HELD_OUT_SHARE = 0.1
 WHOLE_DOCUMENTS = 20  # from this many on, whole documents are held out
+FORMAT = 3  # of what is kept in the cache; another one is another name there
 STREAMS = ("training.bin", "validation.bin")
 FEWEST_HELD_OUT = 50  # tokens; a loss over fewer says little
 
@@ -140,7 +141,7 @@ def stream(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
 def _key(corpus: Corpus, tokenizer: Any, validation: Corpus | None) -> str:
     """A name for what is prepared: from the documents themselves, since the same file can be read in several ways."""
     contents = [None if part is None else _digest(part.documents) for part in (corpus, validation)]
-    return hashlib.sha256(json.dumps([2, contents, tokenizer], sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([FORMAT, contents, tokenizer], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _digest(documents: list[str]) -> str:
