@@ -125,8 +125,8 @@ def _read_tensors(path: Path, expected: dict[str, Any]) -> Tensors:
     try:
         tensors = load_file(path)
         # What was loaded is checked too: the file may have been exchanged for a newer one since the line above.
-        changed = [name for name, tensor in tensors.items() if _tensor_crc32(tensor) != expected["tensors"].get(name)]
-    except (SafetensorError, RuntimeError, ValueError, KeyError):
+        changed = [name for name, checksum in expected["tensors"].items() if _tensor_crc32(tensors[name]) != checksum]
+    except (SafetensorError, RuntimeError, ValueError, KeyError):  # KeyError: a name in the header has changed
         changed, intact = [], False
     if intact and not changed:
         return tensors

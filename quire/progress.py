@@ -81,13 +81,12 @@ class _Bar(_Lines):
         text = self.text(share, figures)
         if self.bar is None and time.monotonic() - self.began >= QUIET_SECONDS:
             from rich.progress import BarColumn, Progress, TextColumn
-            from rich.table import Column
 
             columns = [
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
+                BarColumn(),
                 TextColumn("{task.percentage:3.0f}%"),
-                TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[text]}"),
             ]
             self.bar = Progress(*columns, console=console(), transient=True)
             self.task = self.bar.add_task(self.label, total=1.0, text=text)

@@ -1,6 +1,7 @@
 """What train and resume show at the end: the figures, a sample, the verdict, and the next commands to try."""
 
 import shlex
+import statistics
 
 from quire.cli.flags import print_json, program
 from quire.generation.generate import GenerationSettings, Writer
@@ -24,8 +25,8 @@ def show_ending(run: Run, as_json: bool) -> int:
         return 0
     sample = Writer(run).write([""], GenerationSettings(tokens=SAMPLE_TOKENS, temperature=0.8))[0].text
     say(f"\nThe model writes:\n\n{sample}\n")
-    rate = last["tokens"] / max(seconds, 1e-9)
-    say(f"Trained {last['step']:,} steps on {last['tokens']:,} tokens in {seconds:.0f} s ({rate:,.0f} tokens/s).")
+    rate = statistics.median(row["tokens_per_second"] or 0 for row in metrics)
+    say(f"Trained {last['step']:,} steps on {last['tokens']:,} tokens in {seconds:.0f} s, at {rate:,.0f} tokens/s.")
     say(f"Validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte (best, at step {best['step']}).", "bold")
     name, path = program(), shlex.quote(str(run.path))
     epochs = last["tokens"] / max(1, run.manifest["report"]["tokens"] - run.manifest["validation"]["tokens"])

@@ -278,11 +278,11 @@ def describe(settings: Settings, prepared: Prepared, origins: list[Table], devic
 def announce(run: Run, trainer: Trainer) -> None:
     """What is about to be trained, and for how long."""
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    state, shape = trainer.state, run.settings
+    state, shape, threads = trainer.state, run.settings, torch.get_num_threads()
     length = f"{state.end - state.start:,} steps" if state.end else f"{state.minutes:g} minutes"
     say(
         f"Training {run.path}: a {shape.kind} of {parameters:,} parameters, context {shape.context_length},"
-        f" for {length} on {trainer.device} ({torch.get_num_threads()} threads)."
+        f" for {length} on {trainer.device} ({threads} thread{'s' * (threads != 1)})."
     )
 
 

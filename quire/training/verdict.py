@@ -3,6 +3,7 @@
 from typing import Any
 
 STILL = 0.01  # a held-out loss that fell by this share over the last fifth of a run is still falling
+READ = 0.1  # share of the text before which nothing has converged
 RISEN = 0.01  # a held-out loss this share above its best has risen
 
 
@@ -29,6 +30,11 @@ def verdict(metrics: list[dict[str, Any]], epochs: float, resume: str) -> str:
     if fall > STILL * final:
         return (
             f"Still improving: the held-out loss fell by {fall:.3f} in the last part of the run."
+            f" Train on with: {resume} --minutes 5"
+        )
+    if epochs < READ:
+        return (
+            f"The run read only {epochs:.0%} of its text: too little to say where it would end."
             f" Train on with: {resume} --minutes 5"
         )
     if train < 0.7 * final:

@@ -1,0 +1,108 @@
+"""What all tests share: a cache of their own, and a tiny trained run, made once and copied for each test."""
+
+import os
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from quire.cli.main import call
+from quire.run import Run
+
+TINY = shlex.split(
+    "--preset gpt-mini --model.layers 1 --model.heads 2 --model.embedding-size 16 --model.context-length 32"
+    " --model.dropout 0 --batch-size 4 --warmup-steps 0 --learning-rate 0.01 --threads 1 --device cpu"
+)
+WORDS = shlex.split("the owl calls upon a night and speaks to none but café or 森 while rivers run below their stones")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """$QUIRE_CACHE in a temporary folder: no test reads or fills the user's own."""
+    before, folder = os.environ.get("QUIRE_CACHE"), tmp_path_factory.mktemp("cache")
+    os.environ["QUIRE_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["QUIRE_CACHE"]
+    else:
+        os.environ["QUIRE_CACHE"] = before
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Commands set the number of threads of this whole process: put it back after each test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def book(lines: int = 150) -> str:
+    """A text of its own making, some of its characters of two and three bytes."""
+    state, text = 1, []
+    for _ in range(lines):
+        row = []
+        for _ in range(7):
+            state = state * 48271 % 0x7FFFFFFF
+            row.append(WORDS[state % len(WORDS)])
+        text.append(" ".join(row).capitalize() + ".\n")
+    return "".join(text)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A folder with book.txt and the finished run `tiny` of it: to be copied, not changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "book.txt").write_text(book(), encoding="utf-8", newline="\n")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert call(["train", "book.txt", "--run", "tiny", "--steps", "30", "--json", *TINY]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def desk(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a test: book.txt and the run `tiny`, copies that may be changed."""
+    folder = tmp_path / "desk"
+    shutil.copytree(trained, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(desk: Path) -> Run:
+    """The tiny run, opened; the working directory is its folder."""
+    return Run("tiny")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def plain(self) -> str:
+        """Standard error without the boxes and line ends of a terminal's width."""
+        return " ".join("".join(" " if 0x2500 <= ord(c) < 0x2580 else c for c in self.err).split())
+
+
+@pytest.fixture
+def quire(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Run one command line in this process: quire("generate", "tiny", "--prompt", "A")."""
+
+    def run(*words: str) -> Said:
+        capsys.readouterr()
+        code = call(list(words))
+        captured = capsys.readouterr()
+        return Said(code, captured.out, captured.err)
+
+    return run
