@@ -53,7 +53,7 @@ def test_a_folder_is_read_in_order_and_what_is_skipped_is_named():
     write("d/b.txt", "b")
     write("d/a/z.md", "az")
     write("d/a.py", "apy")
-    write("d/c.jsonl.gz", gzip.compress(b'{"text": "c1"}\n\n{"text": "c2"}'))
+    write("d/c.jsonl.gz", gzip.compress(b'{"text": "c1"}\n\n{"text": "c2"}', mtime=0))
     write("d/photo.jpg", b"\xff\xd8")
     write("d/photo.txt", b"\x89PNG\0")
     write("d/paper.txt", b"%PDF-1.4 ...")
@@ -285,11 +285,11 @@ DAMAGED[2500] ^= 1
         ("a.png", b"\x89PNG\r\n\x1a\n\0\0", r"a\.png is a binary file, not text\. Save it as plain text"),
         ("a.pdf", b"%PDF-1.7\n", "is a binary file"),
         ("a.txt", "text".encode("utf-16-le"), "is a binary file.*--encoding utf-16"),
-        ("a.txt.gz", gzip.compress(b""), "holds nothing but whitespace"),
-        ("a.txt.gz", gzip.compress(b"some text")[:-3], r"a\.txt\.gz is cut short"),
+        ("a.txt.gz", gzip.compress(b"", mtime=0), "holds nothing but whitespace"),
+        ("a.txt.gz", gzip.compress(b"some text", mtime=0)[:-3], r"a\.txt\.gz is cut short"),
         ("a.txt.gz", b"some text", "is damaged, or not gzip"),
         ("a.txt.gz", bytes(DAMAGED), "is damaged, or not gzip"),
-        ("a.txt.gz", gzip.compress(b"text") + b"more", "is damaged, or not gzip"),
+        ("a.txt.gz", gzip.compress(b"text", mtime=0) + b"more", "is damaged, or not gzip"),
         ("a.txt.gz", gzip.compress(bytes((1 << 24) + 1)), "expands to more than 16,777,216 bytes"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a\.jsonl, line 2, is not JSON"),
         ("a.jsonl", b"[" * 100_000, "line 1, is not JSON"),
