@@ -293,15 +293,15 @@ def test_without_a_sentence_a_lock_is_waited_for(tmp_path):
     [
         ("linux", {"QUIRE_CACHE": "/q"}, "/q"),
         ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/quire"),
-        ("linux", {}, "/home/me/.cache/quire"),
-        ("darwin", {}, "/home/me/Library/Caches/quire"),
+        ("linux", {}, "/the/home/.cache/quire"),
+        ("darwin", {}, "/the/home/Library/Caches/quire"),
         ("win32", {"LOCALAPPDATA": "/local"}, "/local/quire"),
     ],
 )
 def test_the_cache_is_where_the_platform_keeps_caches(monkeypatch, platform, environment, expected):
     for name in ("QUIRE_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"HOME": "/home/me", "USERPROFILE": "/home/me", **environment}.items():
+    for name, value in {"HOME": "/the/home", "USERPROFILE": "/the/home", **environment}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(files.sys, "platform", platform)
     assert files.cache_folder().as_posix() == expected

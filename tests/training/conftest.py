@@ -99,5 +99,6 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "plot_losses", lambda curves, axis, path: files.write_text(path, "a plot"))
+    monkeypatch.setattr(loop, "SAMPLE_TOKENS", 40)
     monkeypatch.setattr(files, "_sync", lambda path: None)
     return Lab(tmp_path)
