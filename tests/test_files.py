@@ -194,6 +194,19 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, caught, monkeypatch)
     assert number >= 12  # make, 3 x (make, write, rename), two renames, remove
 
 
+def test_a_folder_has_reached_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    files.replace_folder(tmp_path / "folder", fill("1"))
+    events = []
+    sync, rename, remove = files._sync, os.rename, files.remove
+    monkeypatch.setattr(files, "_sync", lambda path: events.append(f"sync {path.name}") or sync(path))
+    monkeypatch.setattr(os, "rename", lambda old, new: events.append(f"rename {old.name}") or rename(old, new))
+    monkeypatch.setattr(files, "remove", lambda path: events.append(f"remove {path.name}") or remove(path))
+    files.replace_folder(tmp_path / "folder", fill("2"))
+    last = {event: place for place, event in enumerate(events)}
+    order = ["sync last.new", "sync folder.new", "rename folder", "rename folder.new", f"sync {tmp_path.name}"]
+    assert sorted([*order, "remove folder.old"], key=last.__getitem__) == [*order, "remove folder.old"]
+
+
 def test_a_folder_is_replaced_over_what_a_kill_left(tmp_path):
     folder = tmp_path / "folder"
     files.replace_folder(folder, fill("1"))
