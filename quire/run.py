@@ -110,9 +110,20 @@ class Run:
         return self.path / "checkpoints" / which
 
     def checkpoint(self, training: bool = True) -> checkpoint.Checkpoint | None:
-        """The last checkpoint, or None where the run was stopped before its first."""
+        """The last checkpoint, or None where the run was stopped before its first.
+
+        A checkpoint that was there once and is not now is a UserError: to begin anew would overwrite the best one.
+        """
         folder = self.folder("last")
-        return checkpoint.load(folder, training) if checkpoint.exists(folder) else None
+        if checkpoint.exists(folder):
+            return checkpoint.load(folder, training)
+        evaluations = sum(row.get("validation_loss") is not None for row in self.metrics())
+        if folder.exists() or evaluations > 1:
+            raise UserError(
+                f"{self.path} has lost its checkpoint {folder}, or a part of it. Restore it from a copy;"
+                " the best model is in checkpoints/best, if that is there."
+            )
+        return None
 
     def model(self, device: str | torch.device = "auto") -> Any:
         """The trained model in evaluation mode: the best checkpoint, or the last where there is no best yet."""

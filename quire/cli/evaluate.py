@@ -21,6 +21,7 @@ class Arguments:
     text: Texts = ()  # files, folders, globs, addresses or corpora; none: the run's held-out text
     stride: Stride = None  # overlapping windows, each for so many new tokens: more context, slower, a lower loss
     unknown: Unknown = "error"  # characters of TEXT outside the vocabulary: refuse, skip or replace them
+    encoding: str = "utf-8"  # how TEXT is encoded
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     json: Switch = False  # print one JSON object on standard output
 
@@ -28,7 +29,14 @@ class Arguments:
 def run(words: list[str]) -> int:
     """Measure and print."""
     given = parse(Arguments, words, "evaluate")
-    found = evaluate(Run(given.run), given.text, unknown=given.unknown, stride=given.stride, device=given.device)
+    found = evaluate(
+        Run(given.run),
+        given.text,
+        unknown=given.unknown,
+        stride=given.stride,
+        encoding=given.encoding,
+        device=given.device,
+    )
     if given.json:
         print_json({key: value for key, value in asdict(found).items() if value is not None})
         return 0

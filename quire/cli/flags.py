@@ -52,7 +52,7 @@ def value_of(words: list[str], flag: str) -> str | None:
 
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on standard output; numbers that JSON lacks (infinity) become null."""
-    print(json.dumps({key: None if item == float("inf") else item for key, item in value.items()}, ensure_ascii=False))
+    print(json.dumps({key: None if item == float("inf") else item for key, item in value.items()}))
 
 
 def program() -> str:

@@ -4,6 +4,8 @@ import time
 
 BEGAN = time.time()  # before anything slow is imported: --minutes counts from here
 
+import errno  # noqa: E402
+import io  # noqa: E402
 import sys  # noqa: E402
 from importlib import import_module  # noqa: E402
 
@@ -28,7 +30,13 @@ usage: quire COMMAND ...
 
 
 def main() -> None:
-    """Run the command in sys.argv. Exit codes: 0 done, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM, 1 our fault."""
+    """Run the command in sys.argv, its output in UTF-8 wherever it goes.
+
+    Exit codes: 0 done, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM, 1 our fault.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     sys.exit(call(sys.argv[1:]))
 
 
@@ -77,7 +85,9 @@ def explain(error: BaseException) -> int:
         return told(f"quire: {error}", 2)
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
-        return told(f"quire: {error.strerror}{where}. What was saved before is whole; mend this and try again.", 2)
+        full = error.errno in (errno.ENOSPC, errno.EIO)
+        remedy = " What was saved before is whole; make room and try again." if full else ""
+        return told(f"quire: {error.strerror}{where}.{remedy}", 2)
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
         return told(
             "quire: Out of memory. Take a smaller --batch-size with more --accumulation-steps, a shorter"

@@ -40,7 +40,10 @@ def run(words: list[str]) -> int:
     axis = "seconds" if given.over == "time" else f"{AXES[given.over]} trained on" if given.over == "tokens" else "step"
     plot_losses(curves, axis, out, unit)
     if given.json:
-        best = {drawn.name: min((y for _, y in drawn.validation), default=None) for drawn in curves}
+        best = {
+            path: min((y for _, y in drawn.validation), default=None)
+            for path, drawn in zip(given.runs, curves, strict=True)
+        }
         print_json({"plot": str(out), "best": best})
     else:
         print(out)

@@ -32,6 +32,7 @@ TEXT_SUFFIXES = frozenset(_TEXT_SUFFIXES.split())
 UNPACKED_LIMIT = 1 << 24  # bytes a .gz file may always expand to, and
 UNPACKED_RATIO = 200  # beyond them times its own size (text: 3 to 20; a bomb: 1,000)
 
+IS_RUN = "is a run of Quire"
 DOCUMENT_KINDS = ["file", "line", "blank-line"]
 _BYTE_ORDER_MARKS = [  # UTF-32 first: its mark begins like UTF-16's
     (codecs.BOM_UTF8, "utf-8"),
@@ -108,6 +109,8 @@ class _Reader:
             self.add_bytes("-", sys.stdin.buffer.read() if self.piped is None else self.piped)
         elif "://" in text:
             self.add_bytes(text, download(text, self.on_progress))
+        elif os.path.isdir(text) and _why_not_enter(text) == IS_RUN:
+            raise UserError(f"{text} is a run, not a text. To train it further: quire resume {text} --minutes 5")
         elif os.path.isdir(text):
             self.add_found(text, self.files_below(text))
         elif os.path.exists(text):
@@ -211,8 +214,10 @@ def _why_not_enter(folder: str) -> str:
         return "is a hidden folder"
     if os.path.islink(folder):
         return "is a link to a folder"
-    is_run = all(os.path.exists(os.path.join(folder, name)) for name in ("manifest.json", "metrics.jsonl"))
-    return "is a run of Quire" if is_run else ""
+    is_run = all(
+        os.path.exists(os.path.join(folder, name)) for name in ("config.toml", "manifest.json", "tokenizer.json")
+    )
+    return IS_RUN if is_run else ""
 
 
 def _shown(name: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,12 +37,16 @@ def evaluate(
     *,
     unknown: Unknown = "error",
     stride: int | None = None,
+    encoding: str = "utf-8",
     device: str = "auto",
 ) -> Evaluation:
-    """Measure a run's best model on its held-out text, or on the whole of `texts` (files, folders, addresses ...)."""
+    """Measure a run's best model on its held-out text, or on the whole of `texts` (files, folders, addresses ...).
+
+    Documents are what they were for the run; `encoding` is that of `texts`.
+    """
     run = run if isinstance(run, Run) else Run(run)
     if texts:
-        settings = from_table(DataSettings, run.config.get("data", {}), "data")
+        settings = replace(from_table(DataSettings, run.config.get("data", {}), "data"), encoding=encoding)
         tokens, size = _encoded(run.tokenizer, read(texts, settings).documents, unknown)
     else:
         tokens, size = run.validation_tokens(), run.manifest["validation"]["bytes"]

@@ -59,6 +59,9 @@ class Writer:
         self.device = choose_device(device) if isinstance(device, str) else device
         self.tokenizer = run.tokenizer
         self.start = run.start_token()
+        # A separator that training never had as a target is as untrained as padding: neither is ever written.
+        once = run.manifest["separators"] < 2
+        self.never = [self.tokenizer.padding, *([self.tokenizer.separator] if once else [])]
         self.model = model if model is not None else run.model(self.device)
 
     def write(self, prompts: Sequence[str], settings: GenerationSettings) -> list[Sample]:
@@ -90,7 +93,7 @@ class Writer:
         running = set(range(len(starts)))
 
         def choose(logits: torch.Tensor, windows: list[list[int]]) -> list[int]:
-            logits[:, self.tokenizer.padding] = -torch.inf
+            logits[:, self.never] = -torch.inf
             return [
                 sample(row, window, settings, g) for row, window, g in zip(logits, windows, generators, strict=True)
             ]

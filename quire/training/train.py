@@ -86,7 +86,7 @@ def train_run(settings: Settings, path: Path | None = None, began: float | None 
             trainer.begin()
             announce(created, trainer)
             trainer.fit()
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         if piped is None and (trainer is None or trainer.state.step == 0):
             shutil.rmtree(path, ignore_errors=True)  # it holds nothing yet: leave the name free for the next try
         raise

@@ -61,8 +61,8 @@ def test_a_folder_is_read_in_order_and_what_is_skipped_is_named():
     write("d/blank.txt", b" \n\n")
     write("d/.git/config.txt", "hidden")
     write("d/.hidden.txt", "hidden")
-    write("d/runs/one/manifest.json", "{}")
-    write("d/runs/one/metrics.jsonl", '{"step": 1}')
+    for name in ("config.toml", "manifest.json", "tokenizer.json"):
+        write(f"d/runs/one/{name}", "{}")
     os.mkfifo("d/pipe.txt") if hasattr(os, "mkfifo") else write("d/pipe.txt", b"")
     corpus = read(["d"], DataSettings())
     assert corpus.documents == ["apy", "az", "b", "c1", "c2"]

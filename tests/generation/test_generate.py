@@ -160,6 +160,7 @@ def test_half_a_stop_string_at_the_very_end_is_shown(tiny: Run) -> None:
 
 
 def test_the_separator_ends_a_text_and_is_not_in_it(tiny: Run) -> None:
+    tiny.manifest["separators"] = 2  # trained on more than one document
     script = [*tiny.tokenizer.encode("the"), tiny.tokenizer.separator]
     written = writing(tiny, script).write(["T"], GenerationSettings(tokens=9))[0]
     assert (written.text, written.stopped_by) == ("the", "separator")
@@ -176,6 +177,19 @@ def test_one_row_ends_and_the_others_go_on(writer: Writer) -> None:
 def test_padding_is_never_written(tiny: Run) -> None:
     writer = writing(tiny, "the owl")
     writer.model.loud = tiny.tokenizer.padding
+    still(writer)
+
+
+def test_a_separator_that_was_never_a_target_is_never_written(tiny: Run) -> None:
+    """With one document it is as untrained as padding."""
+    assert tiny.manifest["separators"] == 1
+    writer = writing(tiny, "the owl")
+    writer.model.loud = tiny.tokenizer.separator
+    still(writer)
+
+
+def still(writer: Writer) -> None:
+    """What is loud is not heard: the script is written, greedy and sampled."""
     for temperature in (0, 1):
         writer.model.place = -1
         written = writer.write(["T"], GenerationSettings(tokens=7, temperature=temperature))[0]

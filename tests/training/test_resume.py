@@ -297,3 +297,16 @@ def test_every_field_of_the_state_survives(lab):
     trainer.save("last")
     again = states.TrainingState.from_table(checkpoint.load(trainer.run.folder("last")).state)
     assert again == trainer.state
+
+
+def test_a_lost_checkpoint_is_no_new_beginning(lab):
+    """To begin anew would overwrite the best model, which is still there."""
+    run = lab.train("lost", steps=30, evaluation_interval=10)
+    best = checkpoint.load(run.folder("best")).model
+    (run.folder("last") / "state.json").unlink()
+    with pytest.raises(UserError, match="has lost its checkpoint"):
+        train.resume(Run(run.path))
+    files.remove(run.folder("last"))
+    with pytest.raises(UserError, match="has lost its checkpoint"):
+        train.resume(Run(run.path))
+    assert all(torch.equal(tensor, best[name]) for name, tensor in checkpoint.load(run.folder("best")).model.items())
