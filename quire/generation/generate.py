@@ -85,7 +85,7 @@ class Writer:
 
     def steps(self, prompts: Sequence[str], settings: GenerationSettings, samples: list[Sample]) -> Iterator[None]:
         """Fill `samples` one token at a time, until each is complete."""
-        starts = [self.tokenizer.encode(prompt, settings.unknown) or [self.start] for prompt in prompts]
+        starts = [self.tokenizer.encode(prompt, settings.unknown, "text") or [self.start] for prompt in prompts]
         starts = [start for start in starts for _ in range(settings.samples)]
         samples.extend(Sample() for _ in starts)
         generators = [torch.Generator().manual_seed(settings.seed + i % settings.samples) for i in range(len(starts))]

@@ -31,7 +31,8 @@ class CharacterTokenizer(Tokenizer):
         self._sorted = codes[self._order]
 
     @classmethod
-    def train(cls, texts: Iterable[str]) -> "CharacterTokenizer":
+    def train(cls, texts: Iterable[str], vocabulary_size: int = 0) -> "CharacterTokenizer":
+        """All the characters there are: a vocabulary size is not for choosing here."""
         inventory: set[str] = set()
         for text in texts:
             inventory.update(text)

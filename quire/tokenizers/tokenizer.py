@@ -1,5 +1,6 @@
 """What every tokenizer can do, however it splits text."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -7,16 +8,39 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from quire import files
+from quire.errors import UserError
 
 Unknown = Literal["error", "skip", "replace"]
+Special = Literal["error", "text", "token"]
 
 SEPARATOR, PADDING = "<|separator|>", "<|padding|>"
+
+LONGEST_STRETCH = 1 << 24  # characters; a stretch without any place to cut is cut here all the same
+_CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=\S)")
+
+
+def cut_place(text: str) -> int:
+    """The last place where `text` can be cut so that both parts, encoded apart, give the ids of the whole; 0: none.
+
+    Before a space that follows a visible character, or after a single line end between two such: no tokenizer here
+    joins what stands on the two sides, and none looks across. A text is read in blocks that end at such places.
+    """
+    reach = 256
+    while True:
+        start = max(0, len(text) - reach)
+        places = [found.start() for found in _CUT.finditer(text, start)]
+        if places and places[-1]:
+            return places[-1]
+        if start == 0:
+            return LONGEST_STRETCH if len(text) > LONGEST_STRETCH else 0
+        reach *= 16
 
 
 class Tokenizer:
     """Text to ids and back. Ids below `vocabulary_size`; the specials are ids that no text encodes to.
 
-    `separator` stands between documents, `padding` fills short rows of a batch and is never trained on or sampled.
+    `separator` stands between documents, `padding` fills short rows of a batch and is never trained on or sampled;
+    `specials` are the names of these two, and of any others, with their ids.
     """
 
     kind: ClassVar[str]
@@ -24,18 +48,47 @@ class Tokenizer:
     separator: int
     padding: int
 
+    @property
+    def specials(self) -> dict[str, int]:
+        """Special tokens by name."""
+        return {PADDING: self.padding, SEPARATOR: self.separator}
+
     @classmethod
-    def train(cls, texts: Iterable[str]) -> "Tokenizer":
-        """A tokenizer fitted to `texts`."""
+    def train(cls, texts: Iterable[str], vocabulary_size: int = 0) -> "Tokenizer":
+        """A tokenizer fitted to `texts`, read once, with at most `vocabulary_size` tokens (0: as the kind sees fit).
+
+        A text may come in blocks that end at a `cut_place`.
+        """
         raise NotImplementedError
 
     def encode_array(self, text: str, unknown: Unknown = "error") -> np.ndarray:
-        """The ids of `text`, int32; characters outside the vocabulary raise, are left out, or get a stand-in."""
+        """The ids of `text`, int32; characters outside the vocabulary raise, are left out, or get a stand-in.
+
+        Whatever looks like a special token is plain text here.
+        """
         raise NotImplementedError
 
-    def encode(self, text: str, unknown: Unknown = "error") -> list[int]:
-        """The ids of `text`."""
-        return self.encode_array(text, unknown).tolist()
+    def encode(self, text: str, unknown: Unknown = "error", special: Special = "error") -> list[int]:
+        """The ids of `text`.
+
+        What looks like a special token is an error, plain text ("text"), or becomes the special ("token"), as said in
+        `special`; where two of them overlap, the one that begins first, and of those the longest, is meant.
+        """
+        if special == "text" or not (found := self._special_pattern().search(text)):
+            return self.encode_array(text, unknown).tolist()
+        if special == "error":
+            raise UserError(
+                f"The text contains {found[0]!r}, which looks like a special token. Say special='text' to encode it as"
+                " any other text, or special='token' to get the special itself."
+            )
+        ids: list[int] = []
+        for index, part in enumerate(self._special_pattern().split(text)):  # text, special, text, special ... text
+            ids += [self.specials[part]] if index % 2 else self.encode_array(part, unknown).tolist()
+        return ids
+
+    def _special_pattern(self) -> re.Pattern[str]:
+        names = sorted(self.specials, key=len, reverse=True)  # the longest wins
+        return re.compile("(" + "|".join(map(re.escape, names)) + ")")
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`; special tokens have none."""
@@ -76,7 +129,7 @@ class Tokenizer:
 
 
 class Decoder:
-    """Decodes ids one by one, where every token is one or more whole characters."""
+    """Decodes ids one by one. This one serves where every token is one or more whole characters."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -84,3 +137,7 @@ class Decoder:
     def push(self, token: int) -> str:
         """The text that can be shown now that `token` has come."""
         return self.tokenizer.decode([token])
+
+    def finish(self) -> str:
+        """What was held back, now that no more tokens come."""
+        return ""

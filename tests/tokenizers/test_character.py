@@ -116,10 +116,14 @@ def test_replace_writes_a_stand_in_that_is_known(known, expected):
 # ---- special tokens ----
 
 
-def test_text_that_looks_like_a_special_token_is_plain_text():
+def test_text_that_looks_like_a_special_token_is_plain_text_only_where_that_is_said():
     text = f"a{SEPARATOR}b{PADDING}"
     tokenizer = CharacterTokenizer.train([text])
-    ids = tokenizer.encode(text)
+    with pytest.raises(UserError, match="looks like a special token"):
+        tokenizer.encode(text)
+    a, b = tokenizer.encode("ab")
+    assert tokenizer.encode(text, special="token") == [a, tokenizer.separator, b, tokenizer.padding]
+    ids = tokenizer.encode(text, special="text")
     assert len(ids) == len(text)
     assert not {tokenizer.separator, tokenizer.padding} & set(ids)
     assert tokenizer.decode(ids) == text
