@@ -181,7 +181,8 @@ def prepare(extras: list[str]) -> None:
 
 def describe_install(extras: list[str]) -> dict:
     """Describe an install with `extras`: two that are described alike need no work between them."""
-    requirements = (HERE / "pyproject.toml").read_bytes() + b"\0" + CONSTRAINTS.read_bytes()
+    sources = [HERE / "pyproject.toml", CONSTRAINTS, *sorted(HERE.glob("quire/**/*.c"))]  # what is compiled counts too
+    requirements = b"\0".join(path.read_bytes() for path in sources)
     return {
         "folder": str(HERE),  # a .venv does not survive being moved
         "python": PYTHON_VERSION,

@@ -1,21 +1,67 @@
-"""Tokenizers: text to ids and back. To add one: a file, and a line here."""
+"""Tokenizers: text to ids and back. To add one: a file, and a line here.
 
+Read them in this order: character.py, word.py, bpe.py (words in parts), byte_bpe.py (bytes in parts); merges.py has
+the algorithm of the last two, patterns.py how text is split before it.
+"""
+
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 from quire import files
-from quire.errors import UserError, choose
+from quire.errors import UserError, choose, nearest
+from quire.tokenizers.bpe import BPETokenizer
+from quire.tokenizers.byte_bpe import ByteBPETokenizer
 from quire.tokenizers.character import CharacterTokenizer
+from quire.tokenizers.formats import from_hugging_face, read_gpt2, read_ranks
 from quire.tokenizers.tokenizer import Tokenizer
+from quire.tokenizers.word import WordTokenizer
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {"character": CharacterTokenizer}
+TOKENIZERS: dict[str, type[Tokenizer]] = {
+    "character": CharacterTokenizer,
+    "word": WordTokenizer,
+    "bpe": BPETokenizer,
+    "byte-bpe": ByteBPETokenizer,
+}
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a run directory, or of a tokenizer.json."""
+def load_tokenizer(path: str | Path, pattern: str = "") -> Tokenizer:
+    """The tokenizer of a run directory or a file, or one known by name (`gpt2`).
+
+    A file is Quire's tokenizer.json, Hugging Face's (byte-level BPE), a tiktoken rank file (NAME.tiktoken; `pattern`
+    says how text is split, where that is not known) or GPT-2's vocab.bpe.
+    """
+    if str(path) in KNOWN and not Path(path).exists():
+        return KNOWN[str(path)]()
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"There is no tokenizer at {path}: give a run directory or a tokenizer.json.")
+        hint = nearest(str(path), [*TOKENIZERS, *KNOWN])
+        raise UserError(
+            f"There is no tokenizer at {path}: give a run directory, a tokenizer file or a known name"
+            f" ({', '.join(KNOWN)}).{hint}"
+        )
+    if file.suffix == ".tiktoken":
+        return read_ranks(file, pattern)
+    if file.suffix == ".bpe":
+        return read_gpt2(file)
+    return _from_json(file)
+
+
+def _from_json(file: Path) -> Tokenizer:
+    try:
+        table = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged, or no tokenizer: it is not JSON.") from error
+    if isinstance(table, dict) and "kind" not in table and "model" in table:
+        return from_hugging_face(table, str(file))
     table = files.read_json(file)
     kind = choose(f"The tokenizer kind in {file}", str(table.get("kind")), list(TOKENIZERS))
     return TOKENIZERS[kind].from_table(table)
+
+
+def _gpt2() -> Tokenizer:
+    raise NotImplementedError
+
+
+KNOWN: dict[str, Callable[[], Tokenizer]] = {"gpt2": _gpt2}

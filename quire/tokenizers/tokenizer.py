@@ -1,5 +1,6 @@
 """What every tokenizer can do, however it splits text."""
 
+import codecs
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -141,3 +142,55 @@ class Decoder:
     def finish(self) -> str:
         """What was held back, now that no more tokens come."""
         return ""
+
+
+class BytesTokenizer(Tokenizer):
+    """A tokenizer whose tokens stand for bytes: what they decode to is those bytes, one after the other, as UTF-8.
+
+    `tokens` are the bytes of each id; none (b"") for special tokens.
+    """
+
+    tokens: list[bytes]
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """The bytes of `ids`; special tokens have none."""
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocabulary_size):
+            raise UserError(f"Ids must be at least 0 and below the vocabulary size {self.vocabulary_size}.")
+        return b"".join(map(self.tokens.__getitem__, ids))
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decoder(self) -> Decoder:
+        return BytesDecoder(self)
+
+    def name(self, token: int) -> str:
+        special = {number: name for name, number in self.specials.items()}.get(token)
+        return special if special is not None else self.tokens[token].decode("utf-8", "backslashreplace")
+
+
+class BytesDecoder(Decoder):
+    """Holds bytes back until they make a character: a stream never shows half of one."""
+
+    def __init__(self, tokenizer: BytesTokenizer) -> None:
+        super().__init__(tokenizer)
+        self.bytes_of = tokenizer.decode_bytes
+        self.held = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        return self.held.decode(self.bytes_of([token]))
+
+    def finish(self) -> str:
+        return self.held.decode(b"", final=True)
+
+
+def utf8(text: str) -> bytes:
+    """The UTF-8 bytes of a text; half of a surrogate pair, which is no character, is a UserError."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The text has half a surrogate pair (U+{ord(text[error.start]):04X}) at position {error.start}, which is no"
+            " character. Take it out."
+        ) from error

@@ -1,0 +1,115 @@
+"""Byte-pair encoding of bytes (GPT-2, Radford et al. 2019): any text, any bytes, and nothing unknown.
+
+The 256 bytes are the first tokens; merges of pairs, learned within the pieces of a splitting pattern, make the rest.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from quire.errors import UserError, choose
+from quire.tokenizers import core
+from quire.tokenizers.tokenizer import PADDING, SEPARATOR, BytesTokenizer, Unknown, utf8
+
+SMALLEST, LARGEST = 512, 1 << 15  # tokens, where no size is given
+
+Triple = tuple[int, int, int]  # the ids of two tokens that are merged, and of what they become
+
+
+def suggested_size(size: int) -> int:
+    """A vocabulary size for a text of `size` bytes: it grows as the root, 2,048 for a megabyte, by powers of two."""
+    wanted = 2048 * (size / 1e6) ** 0.5
+    return int(min(LARGEST, max(SMALLEST, 2 ** round(np.log2(max(wanted, 1))))))
+
+
+class ByteBPETokenizer(BytesTokenizer):
+    """Tokens of one or more bytes.
+
+    `tokens` are the bytes of each id (b"" for special ids and gaps), `merges` triples of ids in the order in which
+    they apply, `whole` tokens that no merge makes, for pieces that equal them (some published vocabularies have such).
+
+    >>> small = ByteBPETokenizer.train(["banana bandana"], vocabulary_size=260)
+    >>> [small.name(i) for i in small.encode("banana")]
+    ['b', 'an', 'ana']
+    """
+
+    kind = "byte-bpe"
+
+    def __init__(
+        self,
+        tokens: list[bytes],
+        merges: list[Triple],
+        specials: dict[str, int],
+        pattern: str = "gpt2",
+        separator: str = SEPARATOR,
+        padding: str = PADDING,
+        whole: dict[bytes, int] | None = None,
+    ) -> None:
+        self.tokens, self.merges, self.pattern, self.whole = tokens, merges, pattern, whole or {}
+        self._specials = specials
+        self.vocabulary_size = len(tokens)
+        self.separator, self.padding = specials[separator], specials[padding]
+        byte_ids = {token: number for number, token in enumerate(tokens) if len(token) == 1}
+        self._encoder = core.Encoder([byte_ids[bytes([byte])] for byte in range(256)], merges, self.whole, pattern)
+
+    @property
+    def specials(self) -> dict[str, int]:
+        return self._specials
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], vocabulary_size: int = 0, pattern: str = "gpt2", threads: int = 0
+    ) -> "ByteBPETokenizer":
+        """Merges of the pairs that occur most often, of equally frequent ones the smallest pair of ids.
+
+        0: a vocabulary that suits the length of the text. Fewer tokens where no pair occurs twice.
+        """
+        choose("--pattern", pattern, list(core.IN_CORE))
+        if vocabulary_size and vocabulary_size < 258:
+            raise UserError(
+                f"--vocabulary-size {vocabulary_size} is too small for a byte-bpe tokenizer: the bytes and the special"
+                " tokens are 258."
+            )
+        size = 0
+
+        def encoded() -> Iterable[bytes]:
+            nonlocal size
+            for text in texts:
+                data = utf8(text)
+                size += len(data)
+                yield data
+
+        pairs = core.learn(encoded(), pattern, (vocabulary_size or LARGEST) - 258, threads)
+        if not vocabulary_size:
+            pairs = pairs[: suggested_size(size) - 258]
+        return from_merges(pairs, pattern)
+
+    def encode_array(self, text: str, unknown: Unknown = "error") -> np.ndarray:
+        return self._encoder.encode(utf8(text))
+
+    def encode_bytes(self, data: bytes) -> np.ndarray:
+        """The ids of any bytes, int32: what is not UTF-8 is split byte by byte, and comes back as it was."""
+        return self._encoder.encode(data)
+
+    def to_table(self) -> dict[str, Any]:
+        from quire.tokenizers.formats import to_hugging_face
+
+        return to_hugging_face(self)
+
+    @classmethod
+    def from_table(cls, table: dict[str, Any]) -> "ByteBPETokenizer":
+        from quire.tokenizers.formats import from_hugging_face
+
+        return from_hugging_face(table)
+
+
+def from_merges(pairs: Iterable[tuple[int, int]], pattern: str) -> ByteBPETokenizer:
+    """Token i is byte i, token 256 + i is what merge i makes, and padding and separator are the last two."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    triples = []
+    for left, right in pairs:
+        triples.append((left, right, len(tokens)))
+        tokens.append(tokens[left] + tokens[right])
+    specials = {PADDING: len(tokens), SEPARATOR: len(tokens) + 1}
+    return ByteBPETokenizer([*tokens, b"", b""], triples, specials, pattern)

@@ -1,0 +1,136 @@
+"""The door to the fast core: what byte-level BPE asks of it, with the Python reference behind the same door.
+
+The core is _core.c, compiled when Quire is installed where there is a C compiler. Without it everything works, by
+merges.py and patterns.py, about twenty times slower. Both give the same tokens.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from quire.devices import usable_cores
+from quire.tokenizers import merges
+from quire.tokenizers.patterns import character_classes, splitter
+
+try:
+    from quire.tokenizers import _core as fast  # type: ignore[attr-defined]
+except ImportError:  # not compiled
+    fast = None
+
+IN_CORE = ("gpt2", "cl100k")  # the patterns that byte-level BPE may have, as _core.c numbers them
+BLOCK = 1 << 20  # bytes that make it worth while to hand a text to another thread
+
+
+def learn(texts: Iterable[bytes], pattern: str, count: int, threads: int = 0) -> list[tuple[int, int]]:
+    """Up to `count` merges of the pieces of all texts, as pairs of ids: 0 to 255 are bytes, 256 + i is merge i."""
+    if fast is None:
+        pieces: Counter[bytes] = Counter()
+        for text in texts:
+            pieces.update(_pieces(text, pattern))
+        return merges.learn(pieces, count, lambda left, right, number: 256 + number)
+    counters: list[Any] = []
+    number, classes = IN_CORE.index(pattern), character_classes()
+
+    def count_share(share: Iterable[bytes]) -> None:
+        counter = counters.pop() if counters else fast.counter()
+        for text in share:
+            fast.count(counter, text, classes, number)
+        counters.append(counter)
+
+    threads = threads or usable_cores()
+    with ThreadPoolExecutor(threads) as pool:
+        for shares in _rounds(texts, threads):
+            list(pool.map(count_share, shares))
+    total = counters.pop() if counters else fast.counter()
+    for other in counters:
+        fast.join(total, other)
+    pairs = np.frombuffer(fast.train(total, count, 2), dtype=np.int32).reshape(-1, 2)
+    return [(left, right) for left, right in pairs.tolist()]
+
+
+class Encoder:
+    """Turns bytes into ids by a list of merges (left id, right id, id of both), the first one first.
+
+    `byte_ids` are the ids of the 256 bytes; `whole` are tokens that no merges make, for pieces that equal them.
+    """
+
+    def __init__(
+        self,
+        byte_ids: Sequence[int],
+        triples: Sequence[tuple[int, int, int]],
+        whole: Mapping[bytes, int],
+        pattern: str,
+    ) -> None:
+        self.byte_ids, self.triples, self.whole, self.pattern = byte_ids, triples, whole, pattern
+        self._ranks: dict[tuple[int, int], tuple[int, int]] = {}
+        self._cache: dict[bytes, list[int]] = {}
+        self._idle: list[Any] = []  # encoders of the core: one serves one thread at a time
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """The ids of `text`, int32."""
+        if fast is None:
+            ids: list[int] = []
+            for piece in _pieces(text, self.pattern):
+                ids += self._encode_piece(piece)
+            return np.array(ids, dtype=np.int32)
+        encoder = self._idle.pop() if self._idle else self._make()
+        try:
+            return np.frombuffer(fast.encode(encoder, text), dtype=np.int32)
+        finally:
+            self._idle.append(encoder)
+
+    def __getstate__(self) -> dict[str, Any]:  # to another process goes what it is made of
+        return {**vars(self), "_ranks": {}, "_cache": {}, "_idle": []}
+
+    def _encode_piece(self, piece: bytes) -> list[int]:
+        if (known := self._cache.get(piece)) is not None:
+            return known
+        if not self._ranks:
+            self._ranks = {(left, right): (rank, both) for rank, (left, right, both) in enumerate(self.triples)}
+        if piece in self.whole:
+            ids = [self.whole[piece]]
+        else:
+            ids = merges.apply([self.byte_ids[byte] for byte in piece], self._ranks)
+        if len(self._cache) >= 1 << 16:
+            self._cache.clear()
+        if len(piece) <= merges.SHORT:
+            self._cache[piece] = ids
+        return ids
+
+    def _make(self) -> Any:
+        byte_ids = np.array(self.byte_ids, dtype=np.int32).tobytes()
+        triples = np.array(self.triples, dtype=np.int32).tobytes()
+        ids = 1 + max([*self.byte_ids, *(both for _, _, both in self.triples)])
+        number = IN_CORE.index(self.pattern)
+        return fast.encoder(byte_ids, triples, dict(self.whole), ids, character_classes(), number)
+
+
+def _pieces(text: bytes, pattern: str) -> Iterator[bytes]:
+    """The pieces of a text; bytes that are not UTF-8 are characters of no class, one each."""
+    for found in splitter(pattern).finditer(text.decode("utf-8", "surrogateescape")):
+        yield found[0].encode("utf-8", "surrogateescape")
+
+
+def _rounds(texts: Iterable[bytes], threads: int) -> Iterator[list[list[bytes]]]:
+    """The texts in shares of about BLOCK bytes, `threads` shares at a time: no more of them is in memory at once."""
+    source = iter(texts)
+
+    def shares() -> Iterator[list[bytes]]:
+        share: list[bytes] = []
+        size = 0
+        for text in source:
+            share.append(text)
+            size += len(text)
+            if size >= BLOCK:
+                yield share
+                share, size = [], 0
+        if share:
+            yield share
+
+    all_shares = shares()
+    while together := list(islice(all_shares, threads)):
+        yield together
