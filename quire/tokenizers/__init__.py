@@ -13,7 +13,7 @@ from quire.errors import UserError, choose, nearest
 from quire.tokenizers.bpe import BPETokenizer
 from quire.tokenizers.byte_bpe import ByteBPETokenizer
 from quire.tokenizers.character import CharacterTokenizer
-from quire.tokenizers.formats import from_hugging_face, read_gpt2, read_ranks
+from quire.tokenizers.formats import read_checked, read_gpt2, read_ranks
 from quire.tokenizers.tokenizer import Tokenizer
 from quire.tokenizers.word import WordTokenizer
 
@@ -49,12 +49,13 @@ def load_tokenizer(path: str | Path, pattern: str = "") -> Tokenizer:
 
 
 def _from_json(file: Path) -> Tokenizer:
+    raw = file.read_bytes()
     try:
-        table = json.loads(file.read_bytes())
+        table = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged, or no tokenizer: it is not JSON.") from error
     if isinstance(table, dict) and "kind" not in table and "model" in table:
-        return from_hugging_face(table, str(file))
+        return read_checked(raw, str(file))
     table = files.read_json(file)
     kind = choose(f"The tokenizer kind in {file}", str(table.get("kind")), list(TOKENIZERS))
     return TOKENIZERS[kind].from_table(table)

@@ -38,7 +38,7 @@ static int grow(void *at, size_t *room, size_t width) { /* at: the address of a 
 /* ---- splitting: patterns.py by hand ---- */
 
 enum { OTHER, LETTER, NUMBER, SPACE };
-enum { GPT2, CL100K };
+enum { GPT2, CL100K, CL100K_HF };
 
 typedef struct { Bytes text, classes; size_t length; } Reader; /* classes: one byte for each code point */
 
@@ -91,7 +91,7 @@ static int is_line_end(uint8_t byte) { return byte == '\n' || byte == '\r'; }
 /* Where the piece that begins at i ends; i is before the end of the text. */
 static size_t piece_end(const Reader *r, size_t i, int pattern) {
     Bytes s = r->text;
-    size_t size, second, last = i, end = contraction(r, i, pattern == CL100K);
+    size_t size, second, last = i, end = contraction(r, i, pattern != GPT2);
     if (end) return i + end;
     int class = class_at(r, i, &size);
     int follows = i + size < r->length ? class_at(r, i + size, &second) : SPACE;
@@ -109,11 +109,11 @@ static size_t piece_end(const Reader *r, size_t i, int pattern) {
         }
     }
     end = run_end(r, i, SPACE, SIZE_MAX, &last);
-    if (end == r->length) return end;
-    if (pattern == CL100K)
+    if (end == r->length && pattern != CL100K_HF) return end;
+    if (pattern != GPT2)
         for (size_t k = end; k > i; k--)
             if (is_line_end(s[k - 1])) return k;
-    return last > i ? last : end;
+    return last > i && end < r->length ? last : end;
 }
 
 /* ---- a table of pieces ---- */

@@ -16,6 +16,7 @@ BPETokenizer learns the same merges in a fraction of the time, keeps white space
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ def get_stats(vocab: dict[str, int]) -> dict[tuple[str, str], int]:
     pairs: dict[tuple[str, str], int] = {}
     for word, count in vocab.items():
         symbols = word.split(" ")
-        for pair in zip(symbols, symbols[1:]):
+        for pair in pairwise(symbols):
             pairs[pair] = pairs.get(pair, 0) + count
     return pairs
 

@@ -4,6 +4,7 @@ The 256 bytes are the first tokens; merges of pairs, learned within the pieces o
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,12 @@ class ByteBPETokenizer(BytesTokenizer):
         from quire.tokenizers.formats import from_hugging_face
 
         return from_hugging_face(table)
+
+    def save(self, path: Path) -> None:
+        """Write tokenizer.json as Hugging Face's tokenizers read it, with a checksum in it."""
+        from quire.tokenizers.formats import write_checked
+
+        write_checked(path, self.to_table())
 
 
 def from_merges(pairs: Iterable[tuple[int, int]], pattern: str) -> ByteBPETokenizer:

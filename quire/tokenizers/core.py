@@ -21,7 +21,7 @@ try:
 except ImportError:  # not compiled
     fast = None
 
-IN_CORE = ("gpt2", "cl100k")  # the patterns that byte-level BPE may have, as _core.c numbers them
+IN_CORE = ("gpt2", "cl100k", "cl100k-hf")  # the patterns that byte-level BPE may have, as _core.c numbers them
 BLOCK = 1 << 20  # bytes that make it worth while to hand a text to another thread
 
 

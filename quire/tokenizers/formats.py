@@ -1,7 +1,7 @@
 """Byte-level BPE in the files of other tools: Hugging Face's tokenizer.json, tiktoken's ranks, GPT-2's vocab.bpe.
 
-tokenizer.json is also how Quire keeps such a tokenizer, with three keys of its own that Hugging Face's reader passes
-over. Ranks and merges say the same in two ways: a token's rank is the place of the merge that makes it.
+tokenizer.json is also how Quire keeps such a tokenizer, with a key of its own, model.quire, that Hugging Face's reader
+passes over. Ranks and merges say the same in two ways: a token's rank is the place of the merge that makes it.
 """
 
 import base64
@@ -17,7 +17,7 @@ from quire.errors import UserError, choose
 from quire.tokenizers import merges as algorithm
 from quire.tokenizers.byte_bpe import ByteBPETokenizer, Triple
 from quire.tokenizers.core import IN_CORE
-from quire.tokenizers.patterns import PUBLISHED
+from quire.tokenizers.patterns import HUGGING_FACE
 from quire.tokenizers.tokenizer import PADDING, SEPARATOR
 
 END_OF_TEXT = "<|endoftext|>"
@@ -40,7 +40,7 @@ KNOWN_RANKS = {  # rank files say neither pattern nor specials: these are known 
 
 
 def byte_letters() -> list[str]:
-    """GPT-2's letter for each byte: the printable characters of Latin-1 stand for themselves, the rest for U+0100 on."""
+    """GPT-2's letter for each byte: printable ones of Latin-1 stand for themselves, U+0100 and on for the rest."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
@@ -69,7 +69,7 @@ def to_hugging_face(tokenizer: ByteBPETokenizer) -> dict[str, Any]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     specials = {number: name for name, number in tokenizer.specials.items()}
     spelled = [_spelled(token) for token in tokenizer.tokens]
-    split = {"type": "Split", "pattern": {"Regex": PUBLISHED[tokenizer.pattern]}, "behavior": "Isolated"}
+    split = {"type": "Split", "pattern": {"Regex": HUGGING_FACE[tokenizer.pattern]}, "behavior": "Isolated"}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
@@ -92,12 +92,40 @@ def to_hugging_face(tokenizer: ByteBPETokenizer) -> dict[str, Any]:
             "byte_fallback": False,
             "ignore_merges": bool(tokenizer.whole),
             "vocab": {spelling: number for number, spelling in enumerate(spelled) if spelling},
-            "merges": [[spelled[left], spelled[right]] for left, right, _ in tokenizer.merges],
+            "merges": [f"{spelled[left]} {spelled[right]}" for left, right, _ in tokenizer.merges],
+            "quire": {
+                "pattern": tokenizer.pattern,
+                "separator": specials[tokenizer.separator],
+                "padding": specials[tokenizer.padding],
+            },
         },
-        "pattern": tokenizer.pattern,
-        "separator": specials[tokenizer.separator],
-        "padding_token": specials[tokenizer.padding],
     }  # fmt: skip
+
+
+def write_checked(path: Path, table: dict[str, Any]) -> None:
+    """Write what `to_hugging_face` gives, with its CRC-32 as model.quire.crc32."""
+    files.write_text(path, _checked(table))
+
+
+def read_checked(raw: bytes, where: str) -> ByteBPETokenizer:
+    """The tokenizer in a Hugging Face file, or in one of ours, where a changed byte is a UserError."""
+    table = json.loads(raw)
+    if own := _own(table):
+        own.pop("crc32", None)
+        if _checked(table).encode() != raw:
+            raise UserError(f"{where} is damaged: its contents do not match its checksum. Restore it from a copy.")
+    return from_hugging_face(table, where)
+
+
+def _own(table: dict[str, Any]) -> dict[str, Any]:
+    model = table.get("model")
+    own = model.get("quire") if isinstance(model, dict) else None
+    return own if isinstance(own, dict) else {}
+
+
+def _checked(table: dict[str, Any]) -> str:
+    own = {**_own(table), "crc32": files.crc32(json.dumps(table).encode())}
+    return json.dumps({**table, "model": {**table["model"], "quire": own}}, indent=1) + "\n"
 
 
 def from_hugging_face(table: dict[str, Any], where: str = "tokenizer.json") -> ByteBPETokenizer:
@@ -109,7 +137,8 @@ def from_hugging_face(table: dict[str, Any], where: str = "tokenizer.json") -> B
         vocabulary = {str(spelling): int(number) for spelling, number in model["vocab"].items()}
         specials = {str(token["content"]): int(token["id"]) for token in added}
         pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-        pattern = table.get("pattern") or _pattern_of(table.get("pre_tokenizer"), where)
+        own = _own(table)
+        pattern = own.get("pattern") or _pattern_of(table.get("pre_tokenizer"), where)
         choose(f"The splitting pattern in {where}", pattern, list(IN_CORE))
         if table.get("normalizer"):
             raise UserError(f"{where} changes text before it is split (a normalizer), which Quire does not.")
@@ -123,7 +152,7 @@ def from_hugging_face(table: dict[str, Any], where: str = "tokenizer.json") -> B
             raise
         raise UserError(f"{where} is not a tokenizer.json of byte-level BPE: {error!r} in it.") from error
     whole = _not_merged(tokens, triples) if model.get("ignore_merges") else {}
-    return _made(tokens, triples, specials, pattern, whole, where, table.get("separator"), table.get("padding_token"))
+    return _made(tokens, triples, specials, pattern, whole, where, own.get("separator"), own.get("padding"))
 
 
 def _pattern_of(pre_tokenizer: Any, where: str) -> str:
@@ -132,7 +161,7 @@ def _pattern_of(pre_tokenizer: Any, where: str) -> str:
         if step["type"] == "ByteLevel" and step.get("use_regex", True) and not step.get("add_prefix_space"):
             return "gpt2"
         if step["type"] == "Split":
-            known = {regex: name for name, regex in PUBLISHED.items()}
+            known = {regex: name for name, regex in HUGGING_FACE.items()}
             if (regex := step["pattern"].get("Regex")) in known:
                 return known[regex]
     raise UserError(f"{where} splits text in a way that is neither GPT-2's nor cl100k's, which Quire does not know.")
@@ -229,9 +258,7 @@ def from_ranks(
 
 def write_ranks(tokenizer: ByteBPETokenizer, path: Path) -> None:
     """Write a tiktoken rank file. It holds no special tokens, and not how text is split."""
-    lines = [
-        b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokenizer.tokens) if token
-    ]
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokenizer.tokens) if token]
     files.write_bytes(path, b"".join(lines))
 
 
@@ -259,5 +286,5 @@ def read_gpt2(path: Path) -> ByteBPETokenizer:
         spellings = [LETTERS[byte] for byte in order] + [left + right for left, right in pairs] + [END_OF_TEXT]
         vocabulary = {spelling: number for number, spelling in enumerate(spellings)}
     added: Iterable[dict[str, Any]] = [{"id": vocabulary.get(END_OF_TEXT, len(vocabulary)), "content": END_OF_TEXT}]
-    model = {"type": "BPE", "vocab": vocabulary, "merges": [list(pair) for pair in pairs]}
-    return from_hugging_face({"model": model, "added_tokens": added, "pattern": "gpt2"}, str(path))
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [list(pair) for pair in pairs], "quire": {"pattern": "gpt2"}}
+    return from_hugging_face({"model": model, "added_tokens": added}, str(path))

@@ -13,6 +13,7 @@ The C core does both in the same way for bytes; it is faster, and gives the same
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 Symbol = Any  # hashable, and comparable with its like
@@ -25,7 +26,7 @@ SHORT = 48  # symbols up to which looking again and again for the lowest rank is
 
 
 def learn(
-    words: Mapping[Sequence[Symbol], int],
+    words: Mapping[Any, int],
     merges: int,
     join: Callable[[Symbol, Symbol, int], Symbol],
     ties: Ties = "smallest",
@@ -41,7 +42,7 @@ def learn(
     counts: Counter[Pair] = Counter()
     where: defaultdict[Pair, set[int]] = defaultdict(set)  # rows that may hold the pair
     for number, row in enumerate(rows):
-        for pair in zip(row, row[1:]):
+        for pair in pairwise(row):
             counts[pair] += weights[number]
             where[pair].add(number)
     queue = [_Candidate(count, pair, ties) for pair, count in counts.items()]
@@ -63,10 +64,10 @@ def learn(
             if len(new) == len(old):
                 continue
             rows[number] = new
-            for pair in zip(old, old[1:]):
+            for pair in pairwise(old):
                 counts[pair] -= weights[number]
                 changed.add(pair)
-            for pair in zip(new, new[1:]):
+            for pair in pairwise(new):
                 counts[pair] += weights[number]
                 where[pair].add(number)
                 changed.add(pair)
@@ -97,7 +98,7 @@ def apply(row: Sequence[Symbol], ranks: Ranks) -> list[Symbol]:
         return _apply_long(row, ranks)
     row = list(row)
     while len(row) > 1:
-        known = [(ranks[pair][0], i) for i, pair in enumerate(zip(row, row[1:])) if pair in ranks]
+        known = [(ranks[pair][0], i) for i, pair in enumerate(pairwise(row)) if pair in ranks]
         if not known:
             break
         _, i = min(known)
@@ -177,7 +178,7 @@ def _standing_first(
     def place(candidate: _Candidate) -> tuple[int, int]:
         pair = candidate.pair
         for number in sorted(where[pair]):
-            pairs = list(zip(rows[number], rows[number][1:]))
+            pairs = list(pairwise(rows[number]))
             if pair in pairs:
                 return number, pairs.index(pair)
         raise AssertionError("a pair that is counted stands somewhere")

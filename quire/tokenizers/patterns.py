@@ -1,14 +1,16 @@
 """How text is split into pieces before anything else: among others the patterns of GPT-2 and of cl100k (GPT-4).
 
-A piece is a word, a number, a run of punctuation, or white space; no token reaches from one piece into the next. Which characters are letters, numbers and white space is fixed in unicode_tables.py.
+A piece is a word, a number, a run of punctuation, or white space; no token reaches from one piece into the next. Which
+characters are letters, numbers and white space is fixed in unicode_tables.py.
 
-gpt2     a contraction ('s 't 're 've 'm 'll 'd) | a word | a number | other characters, each with one space before
-         it if there is one | white space, without its last character where something visible follows
-cl100k   the same, but contractions in any case; a word takes any one character before it that is no line end, letter
-         or number; a number has at most three digits; other characters take the line ends that follow; white space
-         ends after its last line end
-word     letters and numbers, with apostrophes between them | white space | any other character alone
-space    what stands between white space | white space; "</w>" is cut, so that it is never mistaken for an end mark
+gpt2        a contraction ('s 't 're 've 'm 'll 'd) | a word | a number | other characters, each with one space before
+            it if there is one | white space, without its last character where something visible follows
+cl100k      the same, but contractions in any case; a word takes any one character before it that is no line end,
+            letter or number; a number has at most three digits; other characters take the line ends that follow;
+            white space ends after its last line end, but at the end of the text is one piece
+cl100k-hf   cl100k as most files of Hugging Face have it: white space at the end of the text is split as elsewhere
+word        letters and numbers, with apostrophes between them | white space | any other character alone
+space       what stands between white space | white space; "</w>" is cut, so that it is never taken for an end mark
 """
 
 import re
@@ -18,18 +20,23 @@ import numpy as np
 
 from quire.tokenizers import unicode_tables
 
-PATTERNS = {  # \p{L} a letter, \p{N} a number, \s white space: each stands inside brackets, to be filled from the tables
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}]++| ?[\p{N}]++| ?[^\s\p{L}\p{N}]++|[\s]+(?![^\s])|[\s]",
-    "cl100k": r"'(?:[sdmtSDMT\u017f]|[lL][lL]|[vV][eE]|[rR][eE])"  # U+017F, the long s, is an s in either case
+_WORDS = (  # of both kinds of cl100k; U+017F, the long s, is an s in either case
+    r"'(?:[sdmtSDMT\u017f]|[lL][lL]|[vV][eE]|[rR][eE])"
     r"|[^\r\n\p{L}\p{N}]?+[\p{L}]++|[\p{N}]{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|[\s]++\Z|[\s]*[\r\n]|[\s]+(?![^\s])|[\s]",
+)
+PATTERNS = {  # \p{L} a letter, \p{N} a number, \s white space: always within brackets, to be filled from the tables
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}]++| ?[\p{N}]++| ?[^\s\p{L}\p{N}]++|[\s]+(?![^\s])|[\s]",
+    "cl100k": _WORDS + r"|[\s]++\Z|[\s]*[\r\n]|[\s]+(?![^\s])|[\s]",
+    "cl100k-hf": _WORDS + r"|[\s]*[\r\n]|[\s]+(?![^\s])|[\s]",
     "word": r"[\p{L}\p{N}]++(?:['\u2019][\p{L}\p{N}]++)*+|[\s]++|[^\s\p{L}\p{N}]",
     "space": r"(?:(?!</w>)[^\s])++|<|[\s]++",
 }
-PUBLISHED = {  # the same as other tools write it, for files that they read
+HUGGING_FACE = {  # the same in the spelling of Hugging Face's files
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-    r"|\s+$|\s*[\r\n]|\s+(?!\S)|\s+",
+    "cl100k": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s+\z|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "cl100k-hf": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 CLASS_OF = {"LETTERS": 1, "NUMBERS": 2, "SPACES": 3}  # everything else is 0
 

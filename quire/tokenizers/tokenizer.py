@@ -191,6 +191,6 @@ def utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"The text has half a surrogate pair (U+{ord(text[error.start]):04X}) at position {error.start}, which is no"
-            " character. Take it out."
+            f"The text has half a surrogate pair (U+{ord(text[error.start]):04X}) at position {error.start}, which is"
+            " no character. Take it out."
         ) from error
