@@ -9,6 +9,7 @@ from typing import Any
 from quire import __version__, files
 from quire.cli.flags import Switch, parse, print_json
 from quire.devices import memory_bytes, unused_card, usable_cores
+from quire.tokenizers import core
 
 PACKAGES = ("torch", "numpy", "safetensors", "tyro", "rich", "matplotlib")
 
@@ -51,13 +52,14 @@ def examine() -> dict[str, Any]:
         "platform": platform.platform(),
         **{name: installed(name) for name in PACKAGES},
         "devices": devices,
+        "tokenizer_core": "C" if core.fast is not None else "Python",
         "cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
         "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
         "memory": f"{memory_bytes() / 2**30:.1f} GiB",
         "disk_free": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",
         "cache": f"{cache} ({used / 1e6:.1f} MB)",
-        "missing": [sentence for sentence in (unused_card(), no_compiler()) if sentence],
+        "missing": [sentence for sentence in (unused_card(), no_compiler(), no_core()) if sentence],
     }
 
 
@@ -67,6 +69,16 @@ def installed(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
+
+
+def no_core() -> str | None:
+    """Byte-level BPE has a fast core in C, compiled at installation where that is possible."""
+    if core.fast is not None:
+        return None
+    return (
+        "The tokenizers' fast core was not compiled, so byte-bpe works in Python, about twenty times slower. Install a"
+        " C compiler, then install Quire again."
+    )
 
 
 def no_compiler() -> str | None:

@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": "let a run's model write",
     "evaluate": "measure a run's model on its held-out text, or on another",
     "plot": "draw the loss curves of runs into a PNG",
+    "tokenizer": "train a tokenizer, encode and decode with one, compare several on a text",
     "runs": "list the runs below a folder",
     "doctor": "what this machine has, and what is missing",
 }
