@@ -101,7 +101,7 @@ def train(given: TrainArguments) -> int:
         print_json({"kind": given.kind, "vocabulary_size": tokenizer.vocabulary_size, "out": given.out})
     else:
         say(
-            f"{given.out}: {given.kind}, {tokenizer.vocabulary_size:,} tokens. To train with it: --tokenizer {given.out}"
+            f"{given.out}: {given.kind}, {tokenizer.vocabulary_size:,} tokens. Use: quire train --tokenizer {given.out}"
         )
     return 0
 
@@ -219,18 +219,16 @@ def show(rows: list[Any], split: dict[str, list[str]]) -> None:
         for row in rows:
             by_script.add_row(row.tokenizer, *(f"{row.scripts[script]:.2f}" for script in scripts[:8]))
         console.print(by_script)
-    colours = (
-        ("black on cyan", "black on yellow", "black on green", "black on magenta") if console.is_terminal else ("",)
-    )
-    between = "" if console.is_terminal else "|"
+    colours = ("black on cyan", "black on yellow", "black on green", "black on magenta")
     width = max(map(len, split))
     for name, pieces in split.items():
         line = Text(f"{name:{width}}  ")
         for index, piece in enumerate(pieces):
             shown = piece.replace("\n", "\\n").replace("\t", "\\t")
-            line.append(
-                shown if console.is_terminal else f"{shown}|", colours[index % 4] if console.is_terminal else ""
-            )
+            if console.is_terminal:
+                line.append(shown, colours[index % len(colours)])
+            else:
+                line.append(shown + "|")
         console.print(line)
 
 

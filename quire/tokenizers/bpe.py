@@ -194,6 +194,10 @@ class BPETokenizer(BytesTokenizer):
     def name(self, token: int) -> str:
         return self._names[token - FIRST_PIECE] if token >= FIRST_PIECE else super().name(token)
 
+    def unknown(self, text: str) -> Counter[str]:
+        known = {*self.characters, *self.spaces}
+        return Counter(character for character in text if character not in known)
+
     def to_table(self) -> dict[str, Any]:
         return {
             "rule": self.rule,

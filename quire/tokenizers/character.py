@@ -1,5 +1,6 @@
 """One token a character: the smallest tokenizer that loses nothing."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -68,6 +69,14 @@ class CharacterTokenizer(Tokenizer):
         if any(not 0 <= int(i) < self.vocabulary_size for i in ids):
             raise UserError(f"Ids must be at least 0 and below the vocabulary size {self.vocabulary_size}.")
         return "".join(self.characters[int(i) - first] for i in ids if i >= first)
+
+    def unknown(self, text: str) -> Counter[str]:
+        codes, counts = np.unique(_code_points(text), return_counts=True)
+        new = ~np.isin(codes, self._sorted)
+        return Counter({chr(code): int(count) for code, count in zip(codes[new], counts[new])})
+
+    def grown(self, pieces: Iterable[str]) -> "CharacterTokenizer":
+        return CharacterTokenizer(self.characters + "".join(sorted(set(pieces) - set(self.characters))))
 
     def name(self, token: int) -> str:
         return SPECIALS[token] if token < len(SPECIALS) else self.characters[token - len(SPECIALS)]

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quire.tokenizers.bpe import BPETokenizer
 from quire.tokenizers.tokenizer import Tokenizer
-from quire.tokenizers.word import FIRST_BYTE, FIRST_PIECE, WordTokenizer
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Comparison:
     bytes: int
     bytes_per_token: float
     vocabulary_used: float  # share of the vocabulary that occurs in the text
-    unknown: int  # characters outside the vocabulary, which are left out or spelled by bytes
+    unknown: int  # characters (words, for a word tokenizer) without a token of their own
     megabytes_per_second: float
     scripts: dict[str, float]
 
@@ -42,21 +40,13 @@ def compare(name: str, tokenizer: Tokenizer, texts: Sequence[str]) -> Comparison
         bytes=size,
         bytes_per_token=size / max(1, len(ids)),
         vocabulary_used=len(np.unique(ids)) / tokenizer.vocabulary_size,
-        unknown=unknown_characters(tokenizer, ids, sum(map(len, texts))),
+        unknown=sum(tokenizer.unknown(text).total() for text in texts),
         megabytes_per_second=size / 1e6 / max(seconds, 1e-9),
         scripts={
             script: len(text.encode()) / max(1, len(tokenizer.encode_array(text, "skip")))
             for script, text in by_script.items()
         },
     )
-
-
-def unknown_characters(tokenizer: Tokenizer, ids: np.ndarray, characters: int) -> int:
-    """How many of a text's characters its `ids` leave out, or spell by their bytes for want of a token."""
-    if isinstance(tokenizer, (WordTokenizer, BPETokenizer)):
-        first_bytes = [byte for byte in range(256) if byte & 0xC0 != 0x80]  # those that begin a character
-        return int(np.isin(ids, np.array(first_bytes) + FIRST_BYTE)[ids < FIRST_PIECE].sum())
-    return characters - len(ids) if tokenizer.kind == "character" else 0
 
 
 def lines_by_script(texts: Sequence[str]) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 import codecs
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -102,6 +103,14 @@ class Tokenizer:
     def name(self, token: int) -> str:
         """How to show one token to a person."""
         raise NotImplementedError
+
+    def unknown(self, text: str) -> Counter[str]:
+        """What of `text` has no token of its own, with counts: characters, or words where those are the tokens."""
+        return Counter()
+
+    def grown(self, pieces: Iterable[str]) -> "Tokenizer":
+        """This tokenizer with tokens for such pieces behind its own, whose ids stay; itself where it needs none."""
+        return self
 
     def batch(self, texts: Sequence[str], side: Literal["left", "right"] = "right") -> tuple[np.ndarray, np.ndarray]:
         """The texts as ids (B, T), the short ones padded on that side, and the attention mask, True on real tokens."""

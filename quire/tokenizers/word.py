@@ -65,6 +65,15 @@ class WordTokenizer(BytesTokenizer):
                     ids += spelled(character, known)
         return np.array(ids, dtype=np.int32)
 
+    def unknown(self, text: str) -> Counter[str]:
+        return Counter(piece for piece in splitter("word").findall(text) if piece not in self._ids)
+
+    def grown(self, pieces: Iterable[str]) -> "WordTokenizer":
+        """The pieces, and the characters that they are spelled with."""
+        new = Counter(pieces)
+        wanted = {*new, *(character for piece in new for character in piece)} - set(self.pieces)
+        return WordTokenizer([*self.pieces, *sorted(wanted)])
+
     def to_table(self) -> dict[str, Any]:
         return {"pieces": self.pieces}
 
