@@ -162,6 +162,7 @@ class GPT(Layer):
     def __init__(self, settings: GPTSettings) -> None:
         super().__init__()
         assert settings.vocabulary_size > 0, "the vocabulary size is set from the tokenizer before a model is built"
+        assert settings.separator >= 0 or not settings.separate_documents, "and so is the separator"
         self.settings = settings
         size, positions = settings.embedding_size, settings.positions
         rotary = RotaryPositions(settings.head_channels, settings.rotary_base) if positions == "rotary" else None
@@ -224,13 +225,19 @@ class GPT(Layer):
         """
         batch, new = tokens.shape
         past = cache.length if cache is not None else 0
+        begins = self.document_begins(tokens, mask)
         if cache is not None:
             mask = cache.extended_mask(mask, batch, new)
-        if mask is None:
-            positions = torch.arange(past, past + new, device=tokens.device)  # (T)
-        else:
+            begins = None if begins is None else cache.extended_begins(begins)
+        segments = None if begins is None else begins.cumsum(1)  # (B, S): how many documents have begun
+        visible = visibility(new, past, mask, tokens.device, segments)
+        if segments is not None:
+            assert visible is not None
+            positions = visible[:, 0].sum(-1) - 1  # (B, T): as many as a token sees before it
+        elif mask is not None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T): padding takes no position
-        visible = visibility(new, past, mask, tokens.device)
+        else:
+            positions = torch.arange(past, past + new, device=tokens.device)  # (T)
         angles = self.rotary.angles(positions) if self.rotary is not None else None
 
         x = self.token_embedding(tokens) * self.embedding_scale  # (B, T, C)
@@ -244,8 +251,15 @@ class GPT(Layer):
             x = self.norm(x)
         logits = self.head(x)  # (B, T, V)
         if cache is not None:
-            cache.advance(new, mask)
+            cache.advance(new, mask, begins)
         return logits if targets is None else self.loss(logits, targets)
+
+    def document_begins(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
+        """True on the separators among `tokens` (B, T), each of which begins a document; None where all is one."""
+        if not self.settings.separate_documents:
+            return None
+        begins = tokens == self.settings.separator
+        return begins if mask is None else begins & mask
 
     def backward(self, grad: Tensor | float = 1.0) -> None:
         """Undo the last recorded loss: add `grad` times its gradient to every parameter's `.grad`."""

@@ -245,7 +245,8 @@ def fitted(settings: Settings, prepared: Prepared) -> Settings:
             f"The training text has {predictions} tokens, fewer than the context length"
             f" {settings.model.context_length}: the context is shortened to {context}."
         )
-    return settings.with_model(vocabulary_size=vocabulary, context_length=context)
+    separator = prepared.tokenizer.separator
+    return settings.with_model(vocabulary_size=vocabulary, context_length=context, separator=separator)
 
 
 def describe(settings: Settings, prepared: Prepared, origins: list[Table], device: torch.device) -> Table:

@@ -116,17 +116,19 @@ def cases() -> dict[str, Case]:
         made[f"cross-entropy {name}"] = Case(CrossEntropy, [numbers(2, 4, 5) * 3], others=(targets,))
     made["cross-entropy of a plain list"] = Case(CrossEntropy, [numbers(6, 5)], others=(ids(6),))
 
-    # (past, new positions, mask of past and new, or None)
+    # (past, new positions, mask of past and new, or None, documents of past and new, or None)
     sights = {
-        "causal": (0, 4, None),
-        "one token": (0, 1, None),
-        "left padding": (0, 4, left_padded(3, 4)),
-        "right padding": (0, 4, right_padded(3, 4)),
-        "past": (2, 3, None),
-        "past and padding": (2, 3, left_padded(3, 5)),
+        "causal": (0, 4, None, None),
+        "one token": (0, 1, None, None),
+        "left padding": (0, 4, left_padded(3, 4), None),
+        "right padding": (0, 4, right_padded(3, 4), None),
+        "past": (2, 3, None, None),
+        "past and padding": (2, 3, left_padded(3, 5), None),
+        "documents": (0, 4, None, ids(3, 4, below=2).cumsum(1)),
+        "documents, past and padding": (2, 3, left_padded(3, 5), ids(3, 5, below=2).cumsum(1)),
     }
-    for name, (past, new, mask) in sights.items():
-        visible = visibility(new, past, mask, CPU)
+    for name, (past, new, mask, segments) in sights.items():
+        visible = visibility(new, past, mask, CPU, segments)
         for heads, kv_heads in [(4, 4), (4, 2), (2, 1)]:
             for dropout in (0.0, 0.3):
                 inputs = [
