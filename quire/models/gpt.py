@@ -19,7 +19,7 @@ from quire.layers.dropout import Dropout
 from quire.layers.embedding import Embedding
 from quire.layers.feedforward import FeedForward, SwiGLU
 from quire.layers.layer import Layer
-from quire.layers.linear import Linear
+from quire.layers.linear import Linear, OutputHead
 from quire.layers.normalization import LayerNorm, RMSNorm
 from quire.layers.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
 from quire.models.settings import ModelSettings
@@ -178,7 +178,7 @@ class GPT(Layer):
         self.dropout = Dropout(settings.dropout)
         self.blocks = nn.ModuleList(BLOCKS[settings.norm_placement](settings, rotary) for _ in range(settings.layers))
         self.norm = settings.normalization_layer() if settings.norm_placement == "pre" else None
-        self.head = Linear(size, settings.vocabulary_size, bias=False)
+        self.head = OutputHead(size, settings.vocabulary_size)
         self.loss = CrossEntropy()
         self.initialize()
         self.tie()
@@ -249,10 +249,11 @@ class GPT(Layer):
             x = block(x, angles, visible, cache, layer)
         if self.norm is not None:
             x = self.norm(x)
-        logits = self.head(x)  # (B, T, V)
         if cache is not None:
             cache.advance(new, mask, begins)
-        return logits if targets is None else self.loss(logits, targets)
+        if targets is None:
+            return self.head(x)  # (B, T, V)
+        return self.loss(self.head(x, padded=True), targets)
 
     def document_begins(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
         """True on the separators among `tokens` (B, T), each of which begins a document; None where all is one."""

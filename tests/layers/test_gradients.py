@@ -17,7 +17,7 @@ from quire.layers.dropout import Dropout
 from quire.layers.embedding import Embedding
 from quire.layers.feedforward import FeedForward, SwiGLU
 from quire.layers.layer import Layer, recording
-from quire.layers.linear import Linear
+from quire.layers.linear import Linear, OutputHead
 from quire.layers.normalization import LayerNorm, RMSNorm
 from quire.layers.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
 
@@ -87,6 +87,7 @@ def cases() -> dict[str, Case]:
         made[f"dropout {rows}"] = Case(lambda: Dropout(0.4), [numbers(*shape)])
         made[f"no dropout {rows}"] = Case(lambda: Dropout(0.0), [numbers(*shape)])
         made[f"embedding {rows}"] = Case(lambda: Embedding(5, 3), [ids(*shape)], 0)
+    made["output head"] = Case(lambda: OutputHead(4, 5), [numbers(2, 3, 4)])
     made["learned positions"] = Case(lambda: LearnedPositions(6, 3), [torch.arange(4)], 0)
     made["learned positions of padded rows"] = Case(lambda: LearnedPositions(6, 3), [ids(2, 4)], 0)
     made["sinusoidal positions"] = Case(lambda: SinusoidalPositions(4), [torch.arange(5)], 0)
