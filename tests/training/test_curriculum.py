@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from quire import checkpoint
 from quire.data.batches import Batches, Cursor
 from quire.errors import UserError
 from quire.run import Run
@@ -270,19 +269,6 @@ def test_verify_sees_a_curriculum_too(lab, finished):
     else:
         lab.killed(5, lab.train, "run", **settings)
     assert verify(lab.folder / "run") is None
-
-
-def test_under_minutes_a_repeated_run_has_the_same_stages(lab, taken):
-    settings = {"steps": 0, "minutes": 0.04, "curriculum": ("1:4", "1:8", "1:")}
-    first = lab.train("first", **settings)
-    shapes = [(rows, context) for _, rows, context, _ in taken]
-    assert {context for _, context in shapes} == {4, 8, 16}
-    assert sorted(shapes, key=lambda shape: shape[1]) == shapes
-    taken.clear()
-    again = lab.train("again", decisions=str(first.path / "decisions.jsonl"), **settings)
-    assert [(rows, context) for _, rows, context, _ in taken] == shapes
-    ours, theirs = (checkpoint.load(run.folder("last")).model for run in (first, again))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_without_stages_nothing_is_asked_of_the_ranges():
