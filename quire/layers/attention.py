@@ -17,18 +17,24 @@ from quire.layers.normalization import RMSNorm
 from quire.layers.positions import RotaryPositions
 
 
-def visibility(new: int, past: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
+def visibility(
+    new: int, past: int, mask: Tensor | None, device: torch.device, segments: Tensor | None = None
+) -> Tensor | None:
     """Which positions each new one may look at: True where it may, (T, S) or (B, 1, T, S).
 
     None stands for the two plain cases that kernels know: a whole causal sequence, and one new token that sees all.
     `mask` (B, S) is False on padding. Every position sees itself, so that padding yields numbers, never NaN.
+    `segments` (B, S) number the documents: no position sees into another one. Their blocks lie on the diagonal.
     """
-    if mask is None and (past == 0 or new == 1):
+    if mask is None and segments is None and (past == 0 or new == 1):
         return None
     causal = causal_mask(new, past, device)
-    if mask is None:
-        return causal
-    return (causal & mask[:, None, None, :]) | causal.triu(past)
+    visible = causal
+    if mask is not None:
+        visible = visible & mask[:, None, None, :]
+    if segments is not None:
+        visible = visible & (segments[:, None, past:, None] == segments[:, None, None, :])
+    return visible if mask is None else visible | causal.triu(past)
 
 
 def causal_mask(new: int, past: int, device: torch.device) -> Tensor:

@@ -8,7 +8,8 @@ class KeyValueCache:
     """Keys and values of every layer for up to `capacity` positions, and which of them are real tokens.
 
     `keys` and `values` are (layers, B, kv_heads, capacity, D); `mask` is (B, length), False on padding, or None
-    where no row is padded. A model appends to it; it can be cut, copied and reordered.
+    where no row is padded; `begins` (B, length) is True where a document begins, or None where nobody asked. A model
+    appends to it; it can be cut, copied and reordered.
     """
 
     def __init__(
@@ -25,6 +26,7 @@ class KeyValueCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.mask: Tensor | None = None
+        self.begins: Tensor | None = None
         self.length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,15 +48,20 @@ class KeyValueCache:
             new = torch.ones(batch, count, dtype=torch.bool, device=self.keys.device)
         return torch.cat((past, new), dim=1)
 
-    def advance(self, count: int, mask: Tensor | None) -> None:
-        """All layers have appended `count` positions; `mask` is what `extended_mask` gave."""
+    def extended_begins(self, begins: Tensor) -> Tensor:
+        """Where documents begin among the past positions and the new ones, `begins` (B, count)."""
+        return begins if self.begins is None else torch.cat((self.begins, begins), dim=1)
+
+    def advance(self, count: int, mask: Tensor | None, begins: Tensor | None = None) -> None:
+        """All layers have appended `count` positions; `mask` and `begins` are the extended ones."""
         self.length += count
-        self.mask = mask
+        self.mask, self.begins = mask, begins
 
     def cut(self, length: int) -> None:
         """Forget all but the first `length` positions."""
         self.length = min(length, self.length)
         self.mask = None if self.mask is None else self.mask[:, : self.length]
+        self.begins = None if self.begins is None else self.begins[:, : self.length]
 
     def copy(self) -> "KeyValueCache":
         """An independent copy."""
@@ -65,5 +72,6 @@ class KeyValueCache:
         other = object.__new__(KeyValueCache)
         other.keys, other.values = self.keys[:, rows], self.values[:, rows]
         other.mask = None if self.mask is None else self.mask[rows]
+        other.begins = None if self.begins is None else self.begins[rows]
         other.length = self.length
         return other

@@ -19,7 +19,7 @@ from quire.layers.dropout import Dropout
 from quire.layers.embedding import Embedding
 from quire.layers.feedforward import FeedForward, SwiGLU
 from quire.layers.layer import Layer
-from quire.layers.linear import Linear
+from quire.layers.linear import Linear, OutputHead
 from quire.layers.normalization import LayerNorm, RMSNorm
 from quire.layers.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
 from quire.models.settings import ModelSettings
@@ -162,6 +162,7 @@ class GPT(Layer):
     def __init__(self, settings: GPTSettings) -> None:
         super().__init__()
         assert settings.vocabulary_size > 0, "the vocabulary size is set from the tokenizer before a model is built"
+        assert settings.separator >= 0 or not settings.separate_documents, "and so is the separator"
         self.settings = settings
         size, positions = settings.embedding_size, settings.positions
         rotary = RotaryPositions(settings.head_channels, settings.rotary_base) if positions == "rotary" else None
@@ -177,7 +178,7 @@ class GPT(Layer):
         self.dropout = Dropout(settings.dropout)
         self.blocks = nn.ModuleList(BLOCKS[settings.norm_placement](settings, rotary) for _ in range(settings.layers))
         self.norm = settings.normalization_layer() if settings.norm_placement == "pre" else None
-        self.head = Linear(size, settings.vocabulary_size, bias=False)
+        self.head = OutputHead(size, settings.vocabulary_size)
         self.loss = CrossEntropy()
         self.initialize()
         self.tie()
@@ -224,13 +225,19 @@ class GPT(Layer):
         """
         batch, new = tokens.shape
         past = cache.length if cache is not None else 0
+        begins = self.document_begins(tokens, mask)
         if cache is not None:
             mask = cache.extended_mask(mask, batch, new)
-        if mask is None:
-            positions = torch.arange(past, past + new, device=tokens.device)  # (T)
-        else:
+            begins = None if begins is None else cache.extended_begins(begins)
+        segments = None if begins is None else begins.cumsum(1)  # (B, S): how many documents have begun
+        visible = visibility(new, past, mask, tokens.device, segments)
+        if segments is not None:
+            assert visible is not None
+            positions = visible[:, 0].sum(-1) - 1  # (B, T): as many as a token sees before it
+        elif mask is not None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T): padding takes no position
-        visible = visibility(new, past, mask, tokens.device)
+        else:
+            positions = torch.arange(past, past + new, device=tokens.device)  # (T)
         angles = self.rotary.angles(positions) if self.rotary is not None else None
 
         x = self.token_embedding(tokens) * self.embedding_scale  # (B, T, C)
@@ -242,10 +249,18 @@ class GPT(Layer):
             x = block(x, angles, visible, cache, layer)
         if self.norm is not None:
             x = self.norm(x)
-        logits = self.head(x)  # (B, T, V)
         if cache is not None:
-            cache.advance(new, mask)
-        return logits if targets is None else self.loss(logits, targets)
+            cache.advance(new, mask, begins)
+        if targets is None:
+            return self.head(x)  # (B, T, V)
+        return self.loss(self.head(x, padded=True), targets)
+
+    def document_begins(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
+        """True on the separators among `tokens` (B, T), each of which begins a document; None where all is one."""
+        if not self.settings.separate_documents:
+            return None
+        begins = tokens == self.settings.separator
+        return begins if mask is None else begins & mask
 
     def backward(self, grad: Tensor | float = 1.0) -> None:
         """Undo the last recorded loss: add `grad` times its gradient to every parameter's `.grad`."""

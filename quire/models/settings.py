@@ -10,3 +10,5 @@ class ModelSettings:
     kind: str = "gpt"  # which architecture: a name in MODELS
     vocabulary_size: int = 0  # tokens; when training, taken from the tokenizer
     context_length: int = 1024  # tokens a model sees at once
+    separator: int = -1  # id of the token that begins a document; when training, taken from the tokenizer
+    separate_documents: bool = False  # attention never crosses from one document into another in its window

@@ -8,7 +8,6 @@ Trainer.evaluate    both losses, a sample, the plot, the checkpoints
 import json
 import math
 import time
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quire import checkpoint, files
-from quire.data.batches import Batches
+from quire.data.batches import Batches, Cursor
 from quire.devices import peak_memory
 from quire.errors import UserError
 from quire.evaluation.evaluate import bits_per_byte
@@ -27,6 +26,7 @@ from quire.progress import Update, bar, say
 from quire.run import Run
 from quire.training import state as states
 from quire.training.clock import Clock
+from quire.training.curriculum import Curriculum
 from quire.training.curves import curve
 from quire.training.engines import ENGINES
 from quire.training.optimizers import OPTIMIZERS, set_learning_rates
@@ -55,11 +55,13 @@ class Trainer:
         self.engine = ENGINES[settings.engine]
         self.model = run.fresh_model(settings.seed, device).train()
         self.optimizers = OPTIMIZERS[settings.optimizer](self.model, settings)
-        self.batches = Batches(tokens, run.settings.context_length, settings.seed)
+        self.tokens, ranges = tokens, run.manifest["report"].get("ranges", {})
+        context = run.settings.context_length
+        self.curriculum = Curriculum(settings.curriculum, tokens, context, settings.seed, ranges)
         self.validation = run.validation_tokens()
         self.state = TrainingState()
         self.began = began
-        self.logged = (0, 0.0)  # step and time of the last line of metrics.jsonl
+        self.logged = (0, 0.0)  # tokens and time at the last line of metrics.jsonl
         self.saved = 0.0  # time of the last checkpoint
         self.wrapped: Any = None  # the model as the engine calls it, perhaps compiled; made when training starts
 
@@ -71,7 +73,7 @@ class Trainer:
         self.clock = Clock(self.began - state.seconds, self.run.path / "decisions.jsonl")
         self.wrap_model()
         self.clock.start_measuring(state.step)
-        self.logged, self.saved = (state.step, self.clock.elapsed()), time.monotonic()
+        self.logged, self.saved = (state.tokens, self.clock.elapsed()), time.monotonic()
         with Signals() as signals, bar(self.run.path.name) as show:
             while not state.finished:
                 before = state.progress
@@ -97,11 +99,14 @@ class Trainer:
         self.wrapped = compiled(model, self.settings, self.precision, shape.vocabulary_size, shape.context_length)
 
     def update(self) -> None:
-        """One optimizer step on the next batch_size x accumulation_steps examples; each token weighs the same."""
+        """One optimizer step on the next batch_size x accumulation_steps windows of the context length, or as many
+        tokens in shorter ones; each token weighs the same."""
         state, settings, parts = self.state, self.settings, self.settings.accumulation_steps
         self.rate_share = self.learning_rate_share()
         set_learning_rates(self.optimizers, self.rate_share)
-        batch = self.batches.take(state.cursor, settings.batch_size * parts)
+        self.enter_stage()
+        rows = self.curriculum.rows(state.stage, settings.batch_size)
+        batch = self.batches.take(state.cursor, rows * parts)
         loss: Tensor | float = 0.0  # L = sum of (n_i / n) L_i: the mean over all n counted targets, part by part
         for part in batch.split(parts):
             share = part.counted / batch.counted
@@ -116,6 +121,19 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         state.step += 1
         state.tokens += batch.counted
+
+    @property
+    def batches(self) -> Batches:
+        """The examples of the stage in which training is."""
+        return self.curriculum.batches[self.state.stage]
+
+    def enter_stage(self) -> None:
+        """Begin the curriculum's next stage where progress has come to it; a later stretch stays with the last."""
+        state = self.state
+        stage = self.curriculum.stage_at(1.0 if state.start else state.progress)
+        if stage != state.stage:
+            state.stage, state.cursor = stage, Cursor()
+            say(self.curriculum.sentence(stage))
 
     def learning_rate_share(self) -> float:
         """The share of the peak learning rate at this step."""
@@ -225,7 +243,7 @@ class Trainer:
         self.save("last")
         self.clock.evaluation_seconds = time.monotonic() - began
         self.clock.start_measuring(state.step)
-        self.logged = (state.step, self.clock.elapsed())  # evaluating is not training: it counts in no speed
+        self.logged = (state.tokens, self.clock.elapsed())  # evaluating is not training: it counts in no speed
 
     def interval(self) -> int:
         """Steps between evaluations in a stretch whose length is known."""
@@ -249,8 +267,7 @@ class Trainer:
     def log(self, show: Update | None, **measured: float) -> None:
         """A line of metrics.jsonl: the training loss is the mean since the line before."""
         state = self.state
-        step_seconds = (self.clock.elapsed() - self.logged[1]) / max(1, state.step - self.logged[0])
-        per_step = self.settings.batch_size * self.settings.accumulation_steps * self.run.settings.context_length
+        tokens, seconds = state.tokens - self.logged[0], self.clock.elapsed() - self.logged[1]
         line = {
             "step": state.step,
             "tokens": state.tokens,
@@ -259,12 +276,12 @@ class Trainer:
             **measured,
             "learning_rate": self.settings.learning_rate * self.rate_share,
             "gradient_norm": self.gradient_norm if math.isfinite(self.gradient_norm) else None,
-            "tokens_per_second": round(per_step / step_seconds) if step_seconds else None,
+            "tokens_per_second": round(tokens / seconds) if seconds else None,
             "memory_bytes": peak_memory(self.device),
         }
         self.append("metrics.jsonl", json.dumps(line))
         state.loss_sum, state.loss_steps = 0.0, 0
-        self.logged = (state.step, self.clock.elapsed())
+        self.logged = (state.tokens, self.clock.elapsed())
         if show is not None and line["train_loss"] is not None:
             best = {} if state.best_loss is None else {"held_out": f"{state.best_loss:.3f}"}
             rate = f"{line['tokens_per_second'] or 0:,}"
@@ -297,14 +314,14 @@ class Trainer:
     # ---- starting ----
 
     def begin(self) -> None:
-        """A new run: its length from the settings."""
-        settings = self.settings
+        """A new run: its length from the settings; an epoch is as many windows as cover the whole training text."""
+        settings, context = self.settings, self.run.settings.context_length
         per_step = settings.batch_size * settings.accumulation_steps
         steps = settings.steps
         if settings.epochs:
-            steps = math.ceil(settings.epochs * self.batches.examples() / per_step)
+            steps = math.ceil(settings.epochs * math.ceil((len(self.tokens) - 1) / context) / per_step)
         elif settings.tokens:
-            steps = math.ceil(settings.tokens / (per_step * self.run.settings.context_length))
+            steps = math.ceil(settings.tokens / (per_step * context))
         self.stretch(steps, settings.minutes)
 
     def stretch(self, steps: int, minutes: float) -> None:
@@ -339,5 +356,5 @@ class Trainer:
         own = {f"model.{name}": tensor.detach() for name, tensor in self.model.named_parameters()}
         training = states.training_tensors(self.model, self.optimizers, self.scaler)
         copies = {name: tensor.to("cpu", copy=True) for name, tensor in {**own, **training}.items()}
-        cursor = asdict(self.state.cursor)
-        return {**copies, "cursor": torch.tensor([cursor["epoch"], cursor["position"], self.state.step])}
+        state, cursor = self.state, self.state.cursor
+        return {**copies, "cursor": torch.tensor([state.stage, cursor.epoch, cursor.position, state.step])}

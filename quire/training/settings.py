@@ -8,6 +8,7 @@ from quire.config import Table, from_table, merged, preset, read_toml, to_table
 from quire.data.reading import DataSettings
 from quire.errors import UserError, choose
 from quire.models import MODELS, ModelSettings
+from quire.training.curriculum import Stage
 from quire.training.engines import ENGINES
 from quire.training.optimizers import OPTIMIZERS
 from quire.training.schedules import SCHEDULES
@@ -26,6 +27,7 @@ class TrainingSettings:
     tokenizer: str = "character"  # a kind of tokenizer to fit, or the path of one to use as it is
     batch_size: int = 12  # windows of the context length taken at once
     accumulation_steps: int = 1  # batches whose gradients are added up for one optimizer step
+    curriculum: tuple[str, ...] = ()  # stages SHARE:CONTEXT or SHARE:CONTEXT:TEXT, for example 1:64 3:256
     optimizer: str = "adamw"  # adamw, adam, sgd or muon
     learning_rate: float = 6e-4  # at its peak
     matrix_learning_rate: float = 0.02  # muon: at its peak, for the matrices; learning_rate is for the rest
@@ -69,6 +71,8 @@ class TrainingSettings:
         for name in ("decay_floor", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, not {getattr(self, name)}.")
+        for word in self.curriculum:
+            Stage.parse(word)
         if self.compile == "yes" and self.engine == "manual":
             raise UserError("--compile yes needs --engine autograd: a recorded forward is not compiled.")
         given = [f"--{name}" for name in LENGTHS if getattr(self, name)]

@@ -22,7 +22,8 @@ class TrainingState:
     step: int = 0  # optimizer steps taken
     tokens: int = 0  # tokens trained on
     seconds: float = 0.0  # wall time
-    cursor: Cursor = field(default_factory=Cursor)  # the place in the data
+    stage: int = 0  # of the curriculum
+    cursor: Cursor = field(default_factory=Cursor)  # the place in that stage's data
     # the stretch
     start: int = 0  # step at which it began
     end: int = 0  # step at which it ends; 0: when the clock says so

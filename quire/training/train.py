@@ -25,6 +25,7 @@ from quire.errors import UserError
 from quire.progress import bar, say
 from quire.run import Run, refuse_existing
 from quire.training.clock import read_decisions
+from quire.training.curriculum import Curriculum
 from quire.training.loop import Trainer
 from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
 from quire.training.verify import first_difference
@@ -150,7 +151,7 @@ def verify(
     first = reopened(run, data, engine=engine, device=device, threads=threads)
 
     def trainer() -> Trainer:
-        again = Trainer(run, first.settings, first.batches.tokens, first.device, time.time())
+        again = Trainer(run, first.settings, first.tokens, first.device, time.time())
         again.load()
         if again.state.finished:
             again.stretch(VERIFIED_STEPS, 0.0)
@@ -245,7 +246,10 @@ def fitted(settings: Settings, prepared: Prepared) -> Settings:
             f"The training text has {predictions} tokens, fewer than the context length"
             f" {settings.model.context_length}: the context is shortened to {context}."
         )
-    return settings.with_model(vocabulary_size=vocabulary, context_length=context)
+    training, ranges = settings.training, prepared.report.get("ranges", {})
+    Curriculum(training.curriculum, prepared.training, context, training.seed, ranges)  # refused before a run is made
+    separator = prepared.tokenizer.separator
+    return settings.with_model(vocabulary_size=vocabulary, context_length=context, separator=separator)
 
 
 def describe(settings: Settings, prepared: Prepared, origins: list[Table], device: torch.device) -> Table:
@@ -284,6 +288,8 @@ def announce(run: Run, trainer: Trainer) -> None:
         f"Training {run.path}: a {shape.kind} of {parameters:,} parameters, context {shape.context_length},"
         f" for {length} on {trainer.device} ({threads} thread{'s' * (threads != 1)})."
     )
+    if trainer.settings.curriculum:
+        say(trainer.curriculum.sentence(state.stage))
 
 
 # ---- names and places ----

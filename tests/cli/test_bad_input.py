@@ -150,6 +150,8 @@ SETTINGS = [
     Bad("float16 on a CPU", f"train book.txt --run new {TINY} --precision float16", r"--precision float16 needs a GPU.*bfloat16"),
     Bad("compiling by hand", f"train book.txt {TINY} --compile yes --engine manual", r"--compile yes needs --engine autograd"),
     Bad("negative threads", f"train book.txt {TINY} --threads -1", r"--threads must be .*not -1"),
+    Bad("curriculum without shares", f"train book.txt {TINY} --curriculum 16 32", r"--curriculum '16' is no stage: write SHARE:CONTEXT"),
+    Bad("curriculum with a long context", f"train book.txt --run new {TINY} --curriculum 1:16 1:64", r"Stage 2 of --curriculum has a context of 64 tokens, more than the model's 32"),
     Bad("missing decisions", f"train book.txt {TINY} --decisions nope.jsonl", r"nope.jsonl"),
 ]  # fmt: skip
 

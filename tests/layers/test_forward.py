@@ -169,19 +169,21 @@ def test_fused_and_spelled_out_attention_are_equal(mask, past, kv_heads):
 
 
 @pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("documents", [None, torch.tensor([[0, 0, 1, 1, 1], [1, 2, 2, 3, 4], [0, 0, 0, 0, 1]])])
 @pytest.mark.parametrize(("new", "past"), [(5, 0), (1, 4), (2, 3), (1, 0)])
-def test_visibility_position_by_position(mask, new, past):
-    """A position sees itself and the real tokens before it, and no more."""
+def test_visibility_position_by_position(mask, new, past, documents):
+    """A position sees itself and the real tokens of its document before it, and no more."""
     real = None if MASKS[mask] is None else MASKS[mask][:, : past + new]
-    visible = visibility(new, past, real, CPU)
+    visible = visibility(new, past, real, CPU, None if documents is None else documents[:, : past + new])
     if visible is None:  # the kernels' own cases
-        assert real is None
+        assert real is None and documents is None
         visible = causal_mask(new, past, CPU)
     visible = visible.expand(3, 1, new, past + new)
     for row in range(3):
         for i in range(new):
             for j in range(past + new):
                 before = j < past + i and (real is None or bool(real[row, j]))
+                before = before and (documents is None or bool(documents[row, j] == documents[row, past + i]))
                 assert bool(visible[row, 0, i, j]) == (before or j == past + i)
 
 

@@ -17,7 +17,7 @@ from quire.layers.dropout import Dropout
 from quire.layers.embedding import Embedding
 from quire.layers.feedforward import FeedForward, SwiGLU
 from quire.layers.layer import Layer, recording
-from quire.layers.linear import Linear
+from quire.layers.linear import Linear, OutputHead
 from quire.layers.normalization import LayerNorm, RMSNorm
 from quire.layers.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
 
@@ -87,6 +87,7 @@ def cases() -> dict[str, Case]:
         made[f"dropout {rows}"] = Case(lambda: Dropout(0.4), [numbers(*shape)])
         made[f"no dropout {rows}"] = Case(lambda: Dropout(0.0), [numbers(*shape)])
         made[f"embedding {rows}"] = Case(lambda: Embedding(5, 3), [ids(*shape)], 0)
+    made["output head"] = Case(lambda: OutputHead(4, 5), [numbers(2, 3, 4)])
     made["learned positions"] = Case(lambda: LearnedPositions(6, 3), [torch.arange(4)], 0)
     made["learned positions of padded rows"] = Case(lambda: LearnedPositions(6, 3), [ids(2, 4)], 0)
     made["sinusoidal positions"] = Case(lambda: SinusoidalPositions(4), [torch.arange(5)], 0)
@@ -116,17 +117,19 @@ def cases() -> dict[str, Case]:
         made[f"cross-entropy {name}"] = Case(CrossEntropy, [numbers(2, 4, 5) * 3], others=(targets,))
     made["cross-entropy of a plain list"] = Case(CrossEntropy, [numbers(6, 5)], others=(ids(6),))
 
-    # (past, new positions, mask of past and new, or None)
+    # (past, new positions, mask of past and new, or None, documents of past and new, or None)
     sights = {
-        "causal": (0, 4, None),
-        "one token": (0, 1, None),
-        "left padding": (0, 4, left_padded(3, 4)),
-        "right padding": (0, 4, right_padded(3, 4)),
-        "past": (2, 3, None),
-        "past and padding": (2, 3, left_padded(3, 5)),
+        "causal": (0, 4, None, None),
+        "one token": (0, 1, None, None),
+        "left padding": (0, 4, left_padded(3, 4), None),
+        "right padding": (0, 4, right_padded(3, 4), None),
+        "past": (2, 3, None, None),
+        "past and padding": (2, 3, left_padded(3, 5), None),
+        "documents": (0, 4, None, ids(3, 4, below=2).cumsum(1)),
+        "documents, past and padding": (2, 3, left_padded(3, 5), ids(3, 5, below=2).cumsum(1)),
     }
-    for name, (past, new, mask) in sights.items():
-        visible = visibility(new, past, mask, CPU)
+    for name, (past, new, mask, segments) in sights.items():
+        visible = visibility(new, past, mask, CPU, segments)
         for heads, kv_heads in [(4, 4), (4, 2), (2, 1)]:
             for dropout in (0.0, 0.3):
                 inputs = [

@@ -143,6 +143,25 @@ def test_given_its_decisions_a_run_is_repeated_bit_for_bit(lab, on, optimizer):
     assert decisions(repeated) == decisions(run)
 
 
+def test_the_stages_of_a_curriculum_follow_the_clock_and_its_record(lab, on, monkeypatch):
+    contexts, update = [], Trainer.update
+    monkeypatch.setattr(
+        Trainer, "update", lambda trainer: update(trainer) or contexts.append(trainer.batches.context_length)
+    )
+    settings = {"minutes": 1, "curriculum": ("1:4", "1:8", "1:")}
+    run, seconds = on(Machine(steady(0.4)), lab.train, "run", **settings)
+    assert abs(seconds - 60) <= 3
+    first = list(contexts)
+    assert first == sorted(first)
+    shares = [first.count(context) / len(first) for context in (4, 8, 16)]
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.05)
+    contexts.clear()
+    on(Machine(steady(0.9)), lab.killed, len(first) // 2, lab.train, "repeated", **settings,
+       decisions=str(run.path / "decisions.jsonl"))  # fmt: skip
+    repeated, _ = on(Machine(steady(0.9)), resume, lab.folder / "repeated")
+    lab.assert_same(repeated, run)
+
+
 def test_a_killed_run_keeps_to_the_decisions_it_had_made(lab, on):
     straight, _ = on(Machine(steady(0.4)), lab.train, "straight", minutes=1)
     evaluated = [line["step"] for line in straight.metrics() if "validation_loss" in line]

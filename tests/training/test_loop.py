@@ -123,6 +123,24 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(lab):
     assert lab.timeless(one) != lab.timeless(other)
 
 
+@pytest.mark.parametrize("engine", ["autograd", "manual"])
+def test_documents_may_be_kept_apart(lab, engine):
+    """The order of documents is then nothing to learn from: a window of many is each of them alone."""
+    lab.text.write_text("\n".join(lab.text.read_text().split()))
+    settings = {"steps": 30, "engine": engine, "data": {"documents": "line"}}
+    run = lab.train("run", model={"separate_documents": True}, **settings)
+    assert run.settings.separator == run.tokenizer.separator
+    model, tokens = run.model("cpu"), torch.from_numpy(run.validation_tokens().astype("int64"))
+    begun = [*(tokens == run.tokenizer.separator).nonzero().flatten().tolist(), len(tokens)]
+    with torch.no_grad():
+        for start, stop in itertools.pairwise(begun[:4]):
+            alone = model(tokens[None, start:stop])[0]
+            torch.testing.assert_close(model(tokens[None, begun[0] : stop])[0, start - stop :], alone)
+    lab.killed(16, lab.train, "killed", model={"separate_documents": True}, **settings)
+    lab.assert_same(resume(lab.folder / "killed"), run)
+    assert lab.timeless(lab.train("crossing", **settings)) != lab.timeless(run)
+
+
 # ---- patience -----------------------------------------------------------------------------------------------------
 
 
