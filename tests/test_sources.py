@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import tarfile
+import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -17,9 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire import files, sources
+from quire import files
 from quire.errors import UserError
-from quire.sources import SOURCES, Source, fetch, index_addresses, pip_settings, read_members
+from quire.sources import SOURCES, Source, archives, fetch, transfer
+from quire.sources import index as package_index
+from quire.sources.archives import read_members
+from quire.sources.index import index_addresses, pip_settings
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 USERS_CACHE = files.cache_folder() / "archives"  # before any test names another
@@ -104,9 +108,9 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[http.serv
     for key in [key for key in os.environ if key.startswith("PIP_")]:
         monkeypatch.delenv(key)
     monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        sources, "_pip", lambda *arguments: ""
-    )  # a third of a second each; a test below runs the real pip
+    # A third of a second each; a test below runs the real pip.
+    monkeypatch.setattr(package_index, "_pip", lambda *arguments: "")
+    monkeypatch.setattr(transfer, "PAUSE", 0)
     page = tmp_path / "simple" / "poems" / "index.html"
     page.parent.mkdir(parents=True)
     page.write_text(
@@ -251,7 +255,7 @@ def test_the_default_index_is_the_one_pip_reports(monkeypatch):
 
 def test_a_python_without_pip(monkeypatch):
     failing = subprocess.CompletedProcess((), 1, stdout="", stderr="No module named pip")
-    monkeypatch.setattr(sources.subprocess, "run", lambda *command, **options: failing)
+    monkeypatch.setattr(package_index.subprocess, "run", lambda *command, **options: failing)
     assert index_addresses({"index-url": "http://one.example/simple"}) == ["http://one.example/simple"]
     assert index_addresses({}) == []
 
@@ -299,19 +303,23 @@ def announcing_16_gigabytes() -> bytes:
         (wheel((zip_link("a.txt"), b"/etc/passwd")), "link or a device"),
     ],
 )
-def test_evil_members_are_refused_though_not_asked_for(archive, match):
+def test_evil_members_are_refused_though_not_asked_for(archive, match, tmp_path):
+    (path := tmp_path / "archive").write_bytes(archive)
     for patterns in (("*.txt",), ("other",)):
         with pytest.raises(UserError, match=match):
-            read_members(archive, patterns)
+            read_members(path, patterns)
 
 
 @pytest.mark.parametrize("pack", [tar_gz, wheel])
-def test_bombs_are_refused(pack, monkeypatch):
-    monkeypatch.setattr(sources, "UNPACKED_LIMIT", 100_000)
+def test_bombs_are_refused(pack, monkeypatch, tmp_path):
+    path = tmp_path / "archive"
+    monkeypatch.setattr(archives, "UNPACKED_LIMIT", 100_000)
     halves = [("a.txt", bytes(60_000)), ("b.txt", bytes(60_000))]
-    assert read_members(pack(halves[0]), ("a.txt",)) == halves[:1]
+    path.write_bytes(pack(halves[0]))
+    assert read_members(path, ("a.txt",)) == halves[:1]
+    path.write_bytes(pack(*halves))
     with pytest.raises(UserError, match="expands to more than 100,000 bytes"):
-        read_members(pack(*halves), ("a.txt",))
+        read_members(path, ("a.txt",))
 
 
 NAMES = st.lists(st.text("ab.", min_size=1, max_size=3).filter(lambda part: part.strip(".")), min_size=1, max_size=3)
@@ -319,7 +327,9 @@ NAMES = st.lists(st.text("ab.", min_size=1, max_size=3).filter(lambda part: part
 
 @given(st.dictionaries(NAMES.map("/".join), st.binary(max_size=50), max_size=5), st.sampled_from([tar_gz, wheel]))
 def test_every_ordinary_member_is_read(contents, pack):
-    assert read_members(pack(*contents.items()), ("*",)) == sorted(contents.items())
+    with tempfile.TemporaryDirectory() as folder:
+        (path := Path(folder, "archive")).write_bytes(pack(*contents.items()))
+        assert read_members(path, ("*",)) == sorted(contents.items())
 
 
 # ---- the pins -----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "measure a run's model on its held-out text, or on another",
     "plot": "draw the loss curves of runs into a PNG",
     "runs": "list the runs below a folder",
+    "corpora": "list the texts known by name",
     "doctor": "what this machine has, and what is missing",
 }
 

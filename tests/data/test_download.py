@@ -13,6 +13,7 @@ from quire.data import download as downloading
 from quire.data.download import download
 from quire.data.reading import DataSettings, read
 from quire.errors import UserError
+from quire.sources import transfer
 
 Server = http.server.ThreadingHTTPServer
 TEXT = "Ein Text für alle.\n".encode() * 30_000
@@ -42,6 +43,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "cache"))
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(transfer, "PAUSE", 0)
     server = Server(("127.0.0.1", 0), Handler)
     server.answers, server.requests = {}, []
     server.address = f"http://127.0.0.1:{server.server_port}"
@@ -58,16 +60,16 @@ def whole(body: bytes) -> tuple[int, dict[str, str], bytes]:
 def test_downloaded_once(server):
     server.answers["/a.txt"] = whole(TEXT)
     seen = []
-    assert download(server.address + "/a.txt", lambda done, total: seen.append((done, total))) == TEXT
+    assert download(server.address + "/a.txt", lambda done, total: seen.append((done, total))).read_bytes() == TEXT
     assert len(seen) > 1 and seen[-1] == (len(TEXT), len(TEXT))
     server.answers.clear()
-    assert download(server.address + "/a.txt") == TEXT
+    assert download(server.address + "/a.txt").read_bytes() == TEXT
     assert server.requests == ["/a.txt"]
 
 
 def test_addresses_are_told_apart_by_their_query(server):
     server.answers["/?id=1"], server.answers["/?id=2"] = whole(b"one"), whole(b"two")
-    assert [download(f"{server.address}/?id={number}") for number in (1, 2, 1)] == [b"one", b"two", b"one"]
+    assert [download(f"{server.address}/?id={number}").read_bytes() for number in (1, 2, 1)] == [b"one", b"two", b"one"]
     assert len(server.requests) == 2
 
 
@@ -76,9 +78,9 @@ def test_a_damaged_copy_is_downloaded_anew(server, tmp_path):
     download(server.address + "/a.txt")
     copy = next(path for path in (tmp_path / "cache" / "downloads").iterdir() if not path.suffix)
     copy.write_bytes(TEXT[:-1])
-    assert download(server.address + "/a.txt") == TEXT
+    assert download(server.address + "/a.txt").read_bytes() == TEXT
     copy.with_name(copy.name + ".json").write_text("{}")
-    assert download(server.address + "/a.txt") == TEXT
+    assert download(server.address + "/a.txt").read_bytes() == TEXT
     assert len(server.requests) == 3
 
 
@@ -116,7 +118,7 @@ def test_too_large_without_a_length(server, monkeypatch):
     with pytest.raises(UserError, match="larger than the 100,000 bytes"):
         download(server.address + "/a.txt")
     server.answers["/a.txt"] = (200, {}, bytes(100_000))
-    assert len(download(server.address + "/a.txt")) == 100_000
+    assert download(server.address + "/a.txt").stat().st_size == 100_000
 
 
 @pytest.mark.parametrize(
@@ -152,13 +154,13 @@ def test_redirects_that_leave_the_public_web_are_refused(server, target, status)
 def test_a_redirect_to_a_public_address_is_followed(server, monkeypatch):
     server.answers["/a.txt"] = (302, {"Location": "/b.txt", "Content-Length": "0"}, b"")
     server.answers["/b.txt"] = whole(b"text")
-    monkeypatch.setattr(downloading, "_is_private", lambda host: False)  # there is no public server to ask in a test
-    assert download(server.address + "/a.txt") == b"text"
+    monkeypatch.setattr(transfer, "is_private", lambda host: False)  # there is no public server to ask in a test
+    assert download(server.address + "/a.txt").read_bytes() == b"text"
 
 
 @pytest.mark.parametrize("host", ["8.8.8.8", "2001:4860:4860::8888"])
 def test_public_addresses(host):
-    assert not downloading._is_private(host)
+    assert not transfer.is_private(host)
 
 
 @pytest.mark.parametrize(
