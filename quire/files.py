@@ -5,6 +5,7 @@ Every change to the disk announces itself to `operation` first; the fault tests 
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from quire.errors import UserError
 
@@ -68,6 +69,24 @@ def write_by(path: Path, writer: Callable[[Path], object]) -> None:
             new.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[IO[bytes]]:
+    """A file to add bytes to as they come. What is there stays when that breaks off: for what is checked when whole."""
+    operation("make", path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    operation("write", path)
+    with open(path, "ab") as file:
+        yield file
+
+
+def rename(old: Path, new: Path) -> None:
+    """Give a complete file its name, once it has reached the disk."""
+    _sync(old)
+    operation("rename", new)
+    os.replace(old, new)
+    _sync(new.parent)
 
 
 def append_line(path: Path, line: str, sync: bool = False) -> None:
@@ -134,6 +153,12 @@ def crc32_of(path: Path) -> str:
         while block := file.read(1 << 20):
             value = zlib.crc32(block, value)
     return f"{value:08x}"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

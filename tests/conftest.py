@@ -1,10 +1,13 @@
 """What all tests share: a cache of their own, and a tiny trained run, made once and copied for each test."""
 
+import http.server
 import os
+import re
 import shlex
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 
 from quire.cli.main import call
 from quire.run import Run
+from quire.sources import transfer
 
 TINY = shlex.split(
     "--preset gpt-mini --model.layers 1 --model.heads 2 --model.embedding-size 16 --model.context-length 32"
@@ -106,3 +110,80 @@ def quire(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
         return Said(code, captured.out, captured.err)
 
     return run
+
+
+# ---- a web server that misbehaves in every way it is told to ----
+
+Answer = tuple[int, dict[str, str], bytes]  # status, headers, body
+
+
+@dataclass
+class Served:
+    """A file on the server: its ETag, whether it comes in ranges, and after which bytes the transfers break off."""
+
+    body: bytes
+    tag: str = '"one"'
+    ranges: bool = True
+    obeys: bool = True  # If-Range
+    breaks: list[int] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)  # the Range of each request
+    sent: int = 0  # bytes in all
+
+    def __call__(self, headers: Mapping[str, str]) -> Answer:
+        self.asked.append(headers.get("Range") or "")
+        start = 0
+        same = not self.obeys or headers.get("If-Range") == self.tag
+        if self.ranges and same and (found := re.fullmatch(r"bytes=(\d+)-", self.asked[-1])):
+            start = int(found[1])
+        end = max(start, self.breaks.pop(0)) if self.breaks else len(self.body)
+        self.sent += end - start
+        head = {"Content-Length": str(len(self.body) - start)} | ({"ETag": self.tag} if self.tag else {})
+        if start:
+            head["Content-Range"] = f"bytes {start}-{len(self.body) - 1}/{len(self.body)}"
+        return 206 if start else 200, head, self.body[start:end]
+
+
+class WebServer(http.server.ThreadingHTTPServer):
+    """Answers PATH with answers[PATH], an Answer or a function from the request's headers to one."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), WebHandler)
+        self.answers: dict = {}
+        self.requests: list[str] = []
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+    def serve(self, path: str, body: bytes, **how: object) -> Served:
+        self.answers[path] = Served(body, **how)
+        return self.answers[path]
+
+
+class WebHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)
+        answer = self.server.answers.get(self.path, (404, {"Content-Length": "0"}, b""))
+        status, headers, body = answer(self.headers) if callable(answer) else answer
+        self.send_response(status)
+        for name, value in {"Connection": "close", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+        self.close_connection = True
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
+    """A web server of the test's own, with an empty cache; failed downloads are tried again without a pause."""
+    monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(transfer, "PAUSE", 0)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = WebServer()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()

@@ -17,7 +17,7 @@ import quire
 from quire.data.reading import DataSettings
 from quire.generation.generate import GenerationSettings
 from quire.models import MODELS
-from quire.sources import index_addresses
+from quire.sources.index import index_addresses
 from quire.training.settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +32,10 @@ ORDER = [
 ]  # fmt: skip
 
 # Slow to import, and not needed by everyone: only inside functions.
-LAZY = {"matplotlib", "charset_normalizer", "transformers", "rich", "filelock", "tomli_w", "safetensors"}
+LAZY = {
+    "matplotlib", "charset_normalizer", "transformers", "rich", "filelock", "tomli_w", "safetensors", "pyarrow",
+    "datasets",
+}  # fmt: skip
 
 
 def parsed(path: Path) -> ast.Module:

@@ -17,6 +17,7 @@ COMMANDS = {
     "plot": "draw the loss curves of runs into a PNG",
     "tokenizer": "train a tokenizer, encode and decode with one, compare several on a text",
     "runs": "list the runs below a folder",
+    "corpora": "list the texts known by name",
     "doctor": "what this machine has, and what is missing",
 }
 

@@ -17,16 +17,21 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from quire.data.corpora import CORPORA
+from quire import files
+from quire.data.corpora import CORPORA, HubDataset
 from quire.data.download import download
+from quire.data.hub import hub_documents, is_hub
+from quire.data.parquet import parquet_documents
+from quire.data.token_files import is_text, token_documents
 from quire.errors import UserError, nearest
-from quire.sources import Progress, fetch, gunzip
+from quire.sources import Progress, texts
+from quire.sources.archives import gunzip
 
 _TEXT_SUFFIXES = (  # of what is read inside folders; a file named by hand may have any name
     ".txt .text .md .markdown .rst .org .adoc .tex .log .srt .vtt .csv .tsv .jsonl .json .xml .html .htm .css "
     ".yaml .yml .toml .ini .cfg .py .pyi .js .mjs .jsx .ts .tsx .java .kt .scala .clj .c .h .cc .cpp .cxx .hpp .cu "
     ".cs .fs .go .rs .swift .m .rb .php .pl .lua .r .jl .hs .ml .ex .exs .erl .el .lisp .scm .sh .bash .zsh .fish .ps1 "
-    ".bat .sql .asm .s .f90 .pas .d .nim .zig .dart .vue .cmake .mk .proto"
+    ".bat .sql .asm .s .f90 .pas .d .nim .zig .dart .vue .cmake .mk .proto .parquet"
 )
 TEXT_SUFFIXES = frozenset(_TEXT_SUFFIXES.split())
 UNPACKED_LIMIT = 1 << 24  # bytes a .gz file may always expand to, and
@@ -50,7 +55,7 @@ class DataSettings:
     text: tuple[str, ...] = ()  # files, folders, globs, http(s) addresses, - (standard input) or names of known corpora
     validation: str = ""  # a text held out whole, to measure on, instead of a part of the training text
     documents: str = "file"  # what one document is: file, line, blank-line, or a string that separates (\n: a line end)
-    text_field: str = "text"  # the field of a .jsonl line that holds its text; each line is a document
+    text_field: str = "text"  # the field of a .jsonl line, .parquet or hf: row that holds its text, a document each
     encoding: str = "utf-8"  # how files are encoded; a byte order mark at a file's beginning overrides it
     encoding_errors: Literal["strict", "replace"] = "strict"  # bytes that are not text: stop, or replace them by U+FFFD
 
@@ -107,14 +112,16 @@ class _Reader:
     def add(self, text: str) -> None:
         if text == "-":
             self.add_bytes("-", sys.stdin.buffer.read() if self.piped is None else self.piped)
+        elif is_hub(text):
+            self._add_documents(*hub_documents(text, self.settings.text_field, self.on_progress))
         elif "://" in text:
-            self.add_bytes(text, download(text, self.on_progress))
+            self.add_file(text, download(text, self.on_progress))
         elif os.path.isdir(text) and _why_not_enter(text) == IS_RUN:
             raise UserError(f"{text} is a run, not a text. To train it further: quire resume {text} --minutes 5")
         elif os.path.isdir(text):
             self.add_found(text, self.files_below(text))
         elif os.path.exists(text):
-            self.add_bytes(os.path.abspath(text), _read_file(text))
+            self.add_file(os.path.abspath(text), Path(text))
         elif text in CORPORA:
             self.add_corpus(text)
         elif glob.has_magic(text):
@@ -127,10 +134,13 @@ class _Reader:
 
     def add_corpus(self, name: str) -> None:
         source = CORPORA[name]
-        utf8 = dataclasses.replace(self.settings, encoding="utf-8")
-        for member, data in fetch(source, self.on_progress):
-            self.corpus.documents += self.split(_decode(member, data, utf8))
-        self.corpus.origins.append({"path": name, "sha256": source.sha256, "bytes": source.size})
+        if isinstance(source, HubDataset):
+            self._add_documents(*hub_documents(source.address, "text", self.on_progress, called=name))
+        else:
+            utf8 = dataclasses.replace(self.settings, encoding="utf-8")
+            for member, data in texts(source, self.on_progress):
+                self.corpus.documents += self.split(_decode(member, data, utf8))
+            self.corpus.origins.append({"path": name, "sha256": source.sha256, "bytes": source.size})
         if source.attribution not in self.corpus.attributions:
             self.corpus.attributions.append(source.attribution)
 
@@ -139,13 +149,41 @@ class _Reader:
         documents, skipped = len(self.corpus.documents), len(self.corpus.skipped)
         for path in paths:
             try:
-                self.add_bytes(os.path.abspath(path), _read_file(path))
+                self.add_file(os.path.abspath(path), Path(path))
             except _NotText as error:
                 self.corpus.skipped.append((path, error.reason))
         if len(self.corpus.documents) == documents:
             passed = [f"{path} {why}" for path, why in self.corpus.skipped[skipped:]]
             because = f" ({len(passed)} skipped: {passed[0]}{', ...' if passed[1:] else ''})" if passed else ""
             raise UserError(f"{text} holds no text{because}. Name a file, or a folder with .txt files in it.")
+
+    def add_file(self, name: str, path: Path) -> None:
+        """Add a file by its kind; `name` is its path or address."""
+        suffix = PurePosixPath(urllib.parse.urlsplit(name).path if "://" in name else name.lower()).suffix
+        if suffix not in (".parquet", ".bin") or not os.path.isfile(path):
+            return self.add_bytes(name, _read_file(path))
+        try:
+            if suffix == ".bin" and is_text(path):
+                return self.add_bytes(name, _read_file(path))
+            origin = {"path": name, "sha256": files.sha256_of(path), "bytes": path.stat().st_size}
+        except OSError as error:
+            raise _NotText(name, f"cannot be read ({error.strerror})", "Check its permissions.") from error
+        if suffix == ".parquet":
+            self._add_documents(origin, parquet_documents(name, path, self.settings.text_field))
+        else:
+            self._add_documents(origin, token_documents(name, path))
+
+    def _add_documents(self, origin: dict[str, Any], documents: Iterator[str]) -> None:
+        """Add documents that are separate already. What `origin` lacks is there once the last has been read."""
+        name = origin["path"]
+        if any(known["path"] == name for known in self.corpus.origins):
+            self.corpus.skipped.append((name, "was named twice"))
+            return
+        before = len(self.corpus.documents)
+        self.corpus.documents += (document for document in documents if document and not document.isspace())
+        if len(self.corpus.documents) == before:
+            raise _NotText(name, "holds no text", "Give a text to train on.")
+        self.corpus.origins.append(origin)
 
     def add_bytes(self, name: str, data: bytes) -> None:
         if any(known["path"] == name for known in self.corpus.origins):
@@ -224,14 +262,14 @@ def _shown(name: str) -> str:
     return "Standard input" if name == "-" else name
 
 
-def _read_file(path: str) -> bytes:
+def _read_file(path: str | Path) -> bytes:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             remedy = f"To train on what it gives: cat {path} | quire train -"
-            raise _NotText(path, "is a pipe or a device, not a file", remedy)
+            raise _NotText(str(path), "is a pipe or a device, not a file", remedy)
         return Path(path).read_bytes()
     except OSError as error:
-        raise _NotText(path, f"cannot be read ({error.strerror})", "Check its permissions.") from error
+        raise _NotText(str(path), f"cannot be read ({error.strerror})", "Check its permissions.") from error
 
 
 def _unpack(name: str, data: bytes) -> bytes:

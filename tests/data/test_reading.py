@@ -126,7 +126,7 @@ def test_standard_input(monkeypatch):
 
 
 def test_a_known_corpus_unless_a_file_has_its_name(monkeypatch):
-    monkeypatch.setattr(reading, "fetch", lambda source, on_bytes: [("a", "é".encode()), ("b", b"two\x1a")])
+    monkeypatch.setattr(reading, "texts", lambda source, on_bytes: [("a", "é".encode()), ("b", b"two\x1a")])
     corpus = read(["paradise-lost", "shakespeare"], DataSettings(encoding="latin-1"))
     assert corpus.documents == ["é", "two"] * 2
     source = SOURCES["paradise-lost"]
