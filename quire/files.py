@@ -12,7 +12,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from quire.errors import UserError
 
@@ -68,6 +68,12 @@ def write_by(path: Path, writer: Callable[[Path], object]) -> None:
             new.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def open_new(path: Path) -> BinaryIO:
+    """A file to write a stream into, for what is of no use to anyone after a kill: not waited for, not renamed."""
+    operation("write", path)
+    return open(path, "w+b")
 
 
 def append_line(path: Path, line: str, sync: bool = False) -> None:
