@@ -13,7 +13,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from quire.errors import UserError
 
@@ -87,6 +87,12 @@ def rename(old: Path, new: Path) -> None:
     operation("rename", new)
     os.replace(old, new)
     _sync(new.parent)
+
+
+def open_new(path: Path) -> BinaryIO:
+    """A file to write a stream into, for what is of no use to anyone after a kill: not waited for, not renamed."""
+    operation("write", path)
+    return open(path, "w+b")
 
 
 def append_line(path: Path, line: str, sync: bool = False) -> None:

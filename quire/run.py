@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from quire import checkpoint, files
 from quire.config import Table, from_table, read_checked_toml, write_checked_toml
+from quire.data.shards import token_type
 from quire.devices import choose_device
 from quire.errors import UserError, choose
 from quire.models import MODELS, ModelSettings, build_model
@@ -162,8 +163,3 @@ def refuse_existing(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         remedy = f", or go on with it: quire resume {path}" if (path / "config.toml").exists() else "."
         raise UserError(f"{path} exists already. Name another --run{remedy}")
-
-
-def token_type(vocabulary_size: int) -> np.dtype[Any]:
-    """How token ids are stored: little-endian, 2 bytes where they suffice."""
-    return np.dtype("<u2" if vocabulary_size <= 1 << 16 else "<u4")

@@ -99,4 +99,4 @@ def test_extending_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
         corpus = read(["sonnets"], DataSettings())
     except UserError as error:
         pytest.skip(f"the archive is neither cached nor to be had: {error}")
-    assert "Shall I compare thee" in corpus.documents[0]
+    assert "Shall I compare thee" in next(iter(corpus.documents))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire.data.shards import TokenStream
 from quire.layers.cross_entropy import IGNORED
 
 
@@ -43,7 +44,7 @@ class Batch:
 class Batches:
     """The training examples of a token stream; the order is a function of seed, epoch and position alone."""
 
-    def __init__(self, tokens: np.ndarray, context_length: int, seed: int) -> None:
+    def __init__(self, tokens: np.ndarray | TokenStream, context_length: int, seed: int) -> None:
         assert len(tokens) >= 2, "a stream needs two tokens for one prediction"
         self.tokens, self.context_length, self.seed = tokens, context_length, seed
         self._epoch = -1
@@ -75,7 +76,7 @@ class Batches:
         return cut(self.tokens, rows, self.context_length)
 
 
-def cut(tokens: np.ndarray, rows: list[slice], context_length: int) -> Batch:
+def cut(tokens: np.ndarray | TokenStream, rows: list[slice], context_length: int) -> Batch:
     """A batch whose row i predicts from tokens[rows[i]] the tokens one further, filled up to the context length."""
     inputs = np.zeros((len(rows), context_length), dtype=np.int64)
     targets = np.full((len(rows), context_length), IGNORED, dtype=np.int64)

@@ -6,34 +6,44 @@ that one document gives the plain loss that other tools report.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from quire import files
-from quire.data.reading import Corpus
+from quire.data import shards
+from quire.data.documents import BYTES, CHARACTERS, START, Documents
+from quire.data.encode import Job, encode_shards
+from quire.data.shards import FINISHED, INDEX, STREAMS, Shard, TokenStream, token_type
+from quire.data.spool import Corpus
 from quire.errors import UserError
+from quire.progress import Update, bar
 from quire.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
 
 HELD_OUT_CHARACTERS = 256_000  # at most, by default
 HELD_OUT_SHARE = 0.1
 WHOLE_DOCUMENTS = 20  # from this many on, whole documents are held out
-FORMAT = 3  # of what is kept in the cache; another one is another name there
-STREAMS = ("training.bin", "validation.bin")
+FORMAT = 4  # of what is kept in the cache; another one is another name there
 FEWEST_HELD_OUT = 50  # tokens; a loss over fewer says little
 
 
 @dataclass
 class Prepared:
-    """Token streams and what is known of them; `validation_bytes` are the UTF-8 bytes of the held-out text."""
+    """Token streams and what is known of them; `validation_bytes` are the UTF-8 bytes of the held-out text.
+
+    `ranges`: where in the training stream each TEXT argument lies, [start, end).
+    """
 
     tokenizer: Tokenizer
-    training: np.ndarray
-    validation: np.ndarray
+    training: TokenStream
+    validation: TokenStream
     validation_bytes: int
     report: dict[str, Any]
+    ranges: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         r = self.report
@@ -44,116 +54,170 @@ class Prepared:
         )
 
 
-def split(documents: list[str]) -> tuple[list[str], list[str], str]:
+def split(documents: Documents) -> tuple[Documents, Documents, str]:
     """Training documents, held-out documents, and how they were chosen (as docs/guide.md says).
 
     Whole documents (the last ones, up to a tenth and about 256,000 characters, at least one) where there are at
     least 20 and none exceeds a tenth of the text; otherwise the last tenth of the characters, at most 256,000.
     """
-    total = sum(map(len, documents))
+    _, total, longest = documents.sizes
     room = min(total * HELD_OUT_SHARE, HELD_OUT_CHARACTERS)
-    if len(documents) >= WHOLE_DOCUMENTS and max(map(len, documents)) <= total * HELD_OUT_SHARE:
-        count, taken = 1, len(documents[-1])
-        while taken + len(documents[-count - 1]) <= room:
-            count, taken = count + 1, taken + len(documents[-count - 1])
+    first = max(0, len(documents) - HELD_OUT_CHARACTERS - 1)  # a document has at least one character
+    rows = documents.rows(first, len(documents))
+    if len(documents) >= WHOLE_DOCUMENTS and longest <= total * HELD_OUT_SHARE:
+        taken = np.cumsum(rows[::-1, CHARACTERS])
+        count = max(1, int(np.searchsorted(taken, room, side="right")))
         return documents[:-count], documents[-count:], f"the last {count} documents"
-    training, missing = list(documents), int(room)
-    validation: list[str] = []
+    missing, last = int(room), len(documents)
+    aside: list[np.ndarray] = []
+    cut = np.empty((0, 3), dtype=np.int64)  # what is left for training of the document that is cut
     while missing > 0:
-        last = training.pop()
-        keep = max(0, len(last) - missing)
-        validation.insert(0, last[keep:])
-        missing -= len(last) - keep
-        if keep:
-            training.append(last[:keep])
-    return training, validation, f"the last {room / total:.0%} of the text" if total else ""
+        last -= 1
+        row = rows[last - first]
+        if row[CHARACTERS] > missing:
+            size = documents.characters_at_the_end(row.tolist(), missing)
+            cut = np.array([[row[START], row[BYTES] - size, row[CHARACTERS] - missing]])
+            row = np.array([cut[0, START] + cut[0, BYTES], size, missing])
+        aside.append(row)
+        missing -= int(row[CHARACTERS])
+    folder = documents.text.parent
+    kept = documents[:last]
+    training = kept.listed(folder / "training.bin", chain((part for _, part in kept.chunks()), [cut]))
+    held_out = documents.listed(folder / "validation.bin", reversed(aside))
+    return training, held_out, f"the last {room / total:.0%} of the text" if total else ""
 
 
-def prepare(corpus: Corpus, tokenizer_name: str, validation: Corpus | None = None) -> Prepared:
+def prepare(
+    corpus: Corpus, tokenizer_name: str, validation: Corpus | None = None, vocabulary_size: int = 0
+) -> Prepared:
     """Split, fit the tokenizer and encode; done once for each content and tokenizer (kept in the cache).
 
-    `tokenizer_name` is a kind in TOKENIZERS, or the path of a tokenizer to use as it is.
+    `tokenizer_name` is a kind in TOKENIZERS, or the path of a tokenizer to use as it is. A call that was killed is
+    gone on with: finished shards are not done again.
     """
-    ready = TOKENIZERS.get(tokenizer_name) or load_tokenizer(tokenizer_name)
-    key = _key(corpus, tokenizer_name if isinstance(ready, type) else ready.to_table(), validation)
+    kind = TOKENIZERS.get(tokenizer_name)
+    ready = None if kind else load_tokenizer(tokenizer_name)
+    if validation is None:
+        training, held_out, how = split(corpus.documents)
+    else:
+        training, held_out, how = corpus.documents, validation.documents, "the validation text"
+    _check_sizes(training, held_out, named=validation is not None)
+    content = [FORMAT, corpus.digest, validation and validation.digest]
+    tokenizer = ready or fitted(tokenizer_name, vocabulary_size, training, held_out, content)
+    spelled = {"kind": tokenizer.kind, **tokenizer.to_table()}
+    key = _key([*content, spelled])
     folder = files.cache_folder() / "tokens" / key
     with files.locked(folder.with_name(f"{key}.lock")):
-        if not _is_whole(folder):
-            documents = len(corpus.documents)
-            if validation is None:
-                texts, held_out, how = split(corpus.documents)
-            else:
-                texts, held_out, how = corpus.documents, validation.documents, "the validation text"
-                documents += len(held_out)
-            _check_sizes(texts, held_out, named=validation is not None)
-            # An inventory of characters may see the whole text; what counts or merges must not.
-            tokenizer = ready.train(texts + held_out) if isinstance(ready, type) else ready
-            _write(folder, tokenizer, texts, held_out, how, documents)
-    return _open(folder)
+        index = _whole(folder)
+        if index is None:
+            about = {
+                "documents": len(corpus.documents) + (len(held_out) if validation else 0),
+                "held_out_as": how,
+                "training_documents": len(training),
+            }
+            head = {"format": FORMAT, "content": _key(content), "tokenizer": _key(spelled), "report": about}
+            index = _encode(folder, head, tokenizer, (training, held_out))
+    streams = [shards.opened(folder, index[name], index["dtype"]) for name in STREAMS]
+    report = index["report"]
+    found = Prepared(tokenizer, streams[0], streams[1], report["validation_bytes"], report)
+    for name, first, last in corpus.arguments:
+        start, end = (shards.start_of(folder, index["training"], document) for document in (first, last))
+        if start < end:
+            found.ranges.setdefault(name, (start, end))
+    return found
 
 
-def _write(folder: Path, tokenizer: Tokenizer, texts: list[str], held_out: list[str], how: str, documents: int) -> None:
-    training, validation = stream(tokenizer, texts), stream(tokenizer, held_out)
-    characters, aside = sum(map(len, texts)), sum(map(len, held_out))
-    report = {
-        "documents": documents,
+def fitted(kind: str, vocabulary_size: int, training: Documents, held_out: Documents, content: Any) -> Tokenizer:
+    """The tokenizer of a kind for a text; fitted once, and kept in the cache."""
+    # An inventory of characters may see the whole text; what counts or merges must not.
+    parts = [training, held_out] if kind == "character" else [training]
+    key = _key([kind, vocabulary_size, content])
+    path = files.cache_folder() / "tokenizers" / f"{key}.json"
+    with files.locked(path.with_name(f"{key}.lock")):
+        try:
+            return load_tokenizer(path)
+        except UserError:  # not there, or damaged
+            with bar("fitting the tokenizer") as show:
+                total = sum(part.sizes[1] for part in parts)
+                texts = _counted(chain.from_iterable(part.texts() for part in parts), total, show)
+                tokenizer = TOKENIZERS[kind].train(texts, vocabulary_size)
+            tokenizer.save(path)
+    return tokenizer
+
+
+def _counted(texts: Iterable[str], total: int, show: Update) -> Iterator[str]:
+    """The same texts, shown on a bar as they go by."""
+    done = 0
+    for text in texts:
+        yield text
+        done += len(text)
+        show(done / total, megabytes=f"{done / 1e6:.1f}")
+
+
+def _encode(folder: Path, head: dict[str, Any], tokenizer: Tokenizer, parts: tuple[Documents, Documents]) -> Any:
+    """Write the shards that are not there yet, and then the index."""
+    saved = folder / "tokenizer.json"
+    there = shards.finished(folder)
+    files.remove(folder / INDEX)
+    tokenizer.save(saved)
+    jobs: list[Job] = []
+    for name, documents in zip(STREAMS, parts, strict=True):
+        where: Job = {"text": str(documents.text), "index": str(documents.index), "folder": str(folder)}
+        where |= {"first": documents.first, "last": documents.last}
+        for number, (begin, end) in enumerate(shards.plan(documents, shards.SHARD)):
+            jobs.append({**where, "name": f"{name}-{number:05}", "begin": list(begin), "end": list(end)})
+    waiting = [job for job in jobs if there.get(job["name"], {}).get("text") != [job["begin"], job["end"]]]
+    names = {job["name"] for job in waiting}
+    there = {name: shard for name, shard in there.items() if name not in names}
+    files.write_text(folder / FINISHED, "".join(json.dumps(shard) + "\n" for shard in there.values()))
+    total = sum(part.sizes[1] for part in parts)
+    done = total * len(there) // len(jobs)
+
+    def on_text(characters: int) -> None:
+        nonlocal done
+        done += characters
+        show(done / total, megabytes=f"{done / 1e6:.1f}")
+
+    def on_shard(shard: Shard) -> None:
+        there[shard["name"]] = shard
+        files.append_line(folder / FINISHED, json.dumps(shard))
+
+    with bar("encoding") as show:
+        encode_shards(tokenizer, saved, waiting, on_text, on_shard)
+    (_, characters, _), (size, aside, _) = (part.sizes for part in parts)
+    report = head["report"] | {
         "characters": characters + aside,
-        "tokens": len(training) + len(validation),
+        "tokens": sum(shard["tokens"] for shard in there.values()),
         "vocabulary": tokenizer.vocabulary_size,
         "tokenizer": tokenizer.kind,
         "held_out": aside / (characters + aside),
-        "held_out_as": how,
-        "training_documents": len(texts),
-        "validation_bytes": sum(len(text.encode()) for text in held_out),
+        "validation_bytes": size,
     }
-
-    def write(new: Path) -> None:
-        tokenizer.save(new / "tokenizer.json")
-        for name, tokens in zip(STREAMS, (training, validation), strict=True):
-            files.write_bytes(new / name, tokens.tobytes())
-        checksums = {name: files.crc32_of(new / name) for name in STREAMS}
-        files.write_json(new / "report.json", {**report, "checksums": checksums})
-
-    files.replace_folder(folder, write)
+    found = {name: [there[job["name"]] for job in jobs if job["name"].startswith(name)] for name in STREAMS}
+    index = {**head, "report": report, "dtype": token_type(tokenizer.vocabulary_size).str, **found}
+    files.write_json(folder / INDEX, index)
+    files.remove(folder / FINISHED)
+    return index
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether what is prepared is there, and no bit of it has changed."""
+def _whole(folder: Path) -> Any:
+    """The index of what is prepared, if all of that is there and no bit of it has changed; else None."""
     try:
-        checksums = files.read_json(folder / "report.json")["checksums"]
-        return all(files.crc32_of(folder / name) == checksums[name] for name in STREAMS)
+        index = files.read_json(folder / INDEX)
     except (OSError, UserError):
-        return False
+        return None
+    every = (shard for name in STREAMS for shard in index[name])
+    return index if all(shards.intact(folder, shard) for shard in every) else None
 
 
-def _open(folder: Path) -> Prepared:
-    report = files.read_json(folder / "report.json")
-    training, validation = (np.memmap(folder / name, dtype="<i4", mode="r") for name in STREAMS)
-    return Prepared(load_tokenizer(folder / "tokenizer.json"), training, validation, report["validation_bytes"], report)
+def _key(value: Any) -> str:
+    """A name for anything that JSON can spell."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def stream(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
-    """[separator] document [separator] document ..., int32."""
-    separator = np.array([tokenizer.separator], dtype=np.int32)
-    return np.concatenate([part for text in documents for part in (separator, tokenizer.encode_array(text))])
-
-
-def _key(corpus: Corpus, tokenizer: Any, validation: Corpus | None) -> str:
-    """A name for what is prepared: from the documents themselves, since the same file can be read in several ways."""
-    contents = [None if part is None else _digest(part.documents) for part in (corpus, validation)]
-    return hashlib.sha256(json.dumps([FORMAT, contents, tokenizer], sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _digest(documents: list[str]) -> str:
-    digest = hashlib.sha256()
-    for text in documents:
-        data = text.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
-
-
-def _check_sizes(texts: list[str], held_out: list[str], named: bool) -> None:
-    characters = sum(map(len, texts)) + (0 if named else sum(map(len, held_out)))
+def _check_sizes(training: Documents, held_out: Documents, named: bool) -> None:
+    aside = held_out.sizes[1]
+    characters = training.sizes[1] + (0 if named else aside)
     enough = int(FEWEST_HELD_OUT / HELD_OUT_SHARE)
     if not characters:
         raise UserError("There is no text to train on. Give a file with at least some hundred characters.")
@@ -162,5 +226,5 @@ def _check_sizes(texts: list[str], held_out: list[str], named: bool) -> None:
             f"The text has {characters} characters: too short to hold out a tenth that means anything."
             f" Give at least {enough}, or a separate --validation FILE."
         )
-    if sum(map(len, held_out)) < FEWEST_HELD_OUT:
+    if aside < FEWEST_HELD_OUT:
         raise UserError(f"The held-out text has fewer than {FEWEST_HELD_OUT} characters: too few to measure a loss on.")

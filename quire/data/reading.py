@@ -1,31 +1,29 @@
 """TEXT arguments to documents: files, folders, globs, addresses, standard input and known corpora."""
 
-import codecs
-import dataclasses
-import encodings.aliases
 import glob
 import hashlib
-import json
+import io
 import os
-import re
 import stat
 import sys
 import urllib.parse
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from quire import files
 from quire.data.corpora import CORPORA, HubDataset
+from quire.data.decoding import BLOCK, NotText, check_encoding, decoded, shown, unpacked
 from quire.data.download import download
 from quire.data.hub import hub_documents, is_hub
 from quire.data.parquet import parquet_documents
+from quire.data.splitting import check_kind, records, split
+from quire.data.spool import Corpus, Spool
 from quire.data.token_files import is_text, token_documents
 from quire.errors import UserError, nearest
 from quire.sources import Progress, texts
-from quire.sources.archives import gunzip
 
 _TEXT_SUFFIXES = (  # of what is read inside folders; a file named by hand may have any name
     ".txt .text .md .markdown .rst .org .adoc .tex .log .srt .vtt .csv .tsv .jsonl .json .xml .html .htm .css "
@@ -38,14 +36,6 @@ UNPACKED_LIMIT = 1 << 24  # bytes a .gz file may always expand to, and
 UNPACKED_RATIO = 200  # beyond them times its own size (text: 3 to 20; a bomb: 1,000)
 
 IS_RUN = "is a run of Quire"
-DOCUMENT_KINDS = ["file", "line", "blank-line"]
-_BYTE_ORDER_MARKS = [  # UTF-32 first: its mark begins like UTF-16's
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-]
 
 
 @dataclass(frozen=True)
@@ -60,25 +50,14 @@ class DataSettings:
     encoding_errors: Literal["strict", "replace"] = "strict"  # bytes that are not text: stop, or replace them by U+FFFD
 
 
-@dataclass
-class Corpus:
-    """Documents, and where they came from."""
-
-    documents: list[str] = field(default_factory=list)
-    # For each file, address, standard input ("-") or corpus: its absolute path, address or name as "path", and the
-    # "sha256" and number of "bytes" of the file or archive as stored, before unpacking.
-    origins: list[dict[str, Any]] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # in folders and globs: (path, "is a binary file")
-    attributions: list[str] = field(default_factory=list)  # to be shown to the user
-
-
 def read(
     texts: Iterable[str], settings: DataSettings, on_progress: Progress | None = None, piped: bytes | None = None
 ) -> Corpus:
     r"""Read TEXT arguments, in the order given, folders and globs sorted by path.
 
     Text is kept as it is, but for a byte order mark and documents of nothing but whitespace, which are dropped, and
-    line ends: \r\n and \r become \n. `on_progress` is told of bytes downloaded; `piped` stands in for standard input.
+    line ends: \r\n and \r become \n. `on_progress` is told of bytes downloaded and read; `piped` stands in for
+    standard input.
 
     Raises UserError for what cannot be read.
     """
@@ -88,40 +67,47 @@ def read(
             reader.add(text)
         except MemoryError as error:
             raise UserError(f"{text} does not fit into this machine's memory. Train on a part of it.") from error
-    return reader.corpus
-
-
-class _NotText(UserError):
-    """A file that holds no text: a mistake where it was named by hand, skipped where it was found in a folder."""
-
-    def __init__(self, name: str, reason: str, remedy: str) -> None:
-        super().__init__(f"{name} {reason}. {remedy}")
-        self.reason = reason
+    return reader.corpus()
 
 
 class _Reader:
+    """Reads one TEXT after another into a spool."""
+
     def __init__(self, settings: DataSettings, on_progress: Progress | None, piped: bytes | None = None) -> None:
-        _check_encoding(settings.encoding)
-        _check_kind(settings.documents)
+        check_encoding(settings.encoding)
+        check_kind(settings.documents)
         self.settings = settings
         self.on_progress = on_progress
         self.piped = piped
-        self.corpus = Corpus()
-        self.separator = settings.documents.replace("\\n", "\n").replace("\\t", "\t")
+        self.spool = Spool()
+        self.origins: list[dict[str, Any]] = []
+        self.known: set[str] = set()  # their paths
+        self.skipped: list[tuple[str, str]] = []
+        self.attributions: list[str] = []
+        self.arguments: list[tuple[str, int, int]] = []
+
+    def corpus(self) -> Corpus:
+        """All that was read."""
+        found = (self.origins, self.skipped, self.attributions, self.arguments)
+        return Corpus(self.spool.finish(), self.spool.digest(), *found)
 
     def add(self, text: str) -> None:
+        """Read one TEXT, whatever it names."""
+        first = self.spool.tally.documents
+        self.done, self.total = 0, 0  # bytes of the files that it names
         if text == "-":
-            self.add_bytes("-", sys.stdin.buffer.read() if self.piped is None else self.piped)
+            self.add_file("-", sys.stdin.buffer if self.piped is None else io.BytesIO(self.piped))
         elif is_hub(text):
-            self._add_documents(*hub_documents(text, self.settings.text_field, self.on_progress))
+            self.add_documents(*hub_documents(text, self.settings.text_field, self.on_progress))
         elif "://" in text:
-            self.add_file(text, download(text, self.on_progress))
+            self.add_path(text, str(download(text, self.on_progress)))
         elif os.path.isdir(text) and _why_not_enter(text) == IS_RUN:
             raise UserError(f"{text} is a run, not a text. To train it further: quire resume {text} --minutes 5")
         elif os.path.isdir(text):
             self.add_found(text, self.files_below(text))
         elif os.path.exists(text):
-            self.add_file(os.path.abspath(text), Path(text))
+            self.total = _size(text)
+            self.add_path(os.path.abspath(text), text)
         elif text in CORPORA:
             self.add_corpus(text)
         elif glob.has_magic(text):
@@ -131,108 +117,132 @@ class _Reader:
                 f"There is no file, folder or corpus named {text!r}.{nearest(text, list(CORPORA))} "
                 f"Known corpora: {', '.join(CORPORA)}."
             )
+        self.arguments.append((text, first, self.spool.tally.documents))
+
+    def add_documents(self, origin: dict[str, Any], documents: Iterable[str]) -> None:
+        """Read documents that come one by one, as they are, but for line ends.
+
+        `origin` has the "path" at first; its "sha256" and "bytes" may be filled in while the documents come.
+        """
+        if self.is_known(origin["path"]):
+            return
+        with self.one_origin(origin):
+            ends = (text.replace("\r\n", "\n").replace("\r", "\n") for text in documents)
+            self.spool.add_pieces((text, True) for text in ends)
 
     def add_corpus(self, name: str) -> None:
+        """Read a corpus of sources.py."""
         source = CORPORA[name]
         if isinstance(source, HubDataset):
-            self._add_documents(*hub_documents(source.address, "text", self.on_progress, called=name))
-        else:
-            utf8 = dataclasses.replace(self.settings, encoding="utf-8")
-            for member, data in texts(source, self.on_progress):
-                self.corpus.documents += self.split(_decode(member, data, utf8))
-            self.corpus.origins.append({"path": name, "sha256": source.sha256, "bytes": source.size})
-        if source.attribution not in self.corpus.attributions:
-            self.corpus.attributions.append(source.attribution)
+            self.add_documents(*hub_documents(source.address, "text", self.on_progress, called=name))
+        elif not self.is_known(name):
+            with self.one_origin({"path": name, "sha256": source.sha256, "bytes": source.size}):
+                for member, data in texts(source, self.on_progress):
+                    text = decoded(member, [data], "utf-8", self.settings.encoding_errors)
+                    self.spool.add_pieces(split(text, self.settings.documents))
+        if source.attribution not in self.attributions:
+            self.attributions.append(source.attribution)
 
-    def add_found(self, text: str, paths: Iterable[str]) -> None:
-        """Add those files of a folder or glob that hold text."""
-        documents, skipped = len(self.corpus.documents), len(self.corpus.skipped)
+    def add_found(self, text: str, found: Iterable[str]) -> None:
+        """Read those files of a folder or glob that hold text."""
+        documents, skipped = self.spool.tally.documents, len(self.skipped)
+        paths = list(found)
+        self.total = sum(map(_size, paths))
         for path in paths:
             try:
-                self.add_file(os.path.abspath(path), Path(path))
-            except _NotText as error:
-                self.corpus.skipped.append((path, error.reason))
-        if len(self.corpus.documents) == documents:
-            passed = [f"{path} {why}" for path, why in self.corpus.skipped[skipped:]]
+                self.add_path(os.path.abspath(path), path)
+            except NotText as error:
+                self.skipped.append((path, error.reason))
+        if self.spool.tally.documents == documents:
+            passed = [f"{path} {why}" for path, why in self.skipped[skipped:]]
             because = f" ({len(passed)} skipped: {passed[0]}{', ...' if passed[1:] else ''})" if passed else ""
             raise UserError(f"{text} holds no text{because}. Name a file, or a folder with .txt files in it.")
 
-    def add_file(self, name: str, path: Path) -> None:
-        """Add a file by its kind; `name` is its path or address."""
+    def add_path(self, name: str, path: str) -> None:
+        """Read a file on disk; `name` is its path or the address that it came from."""
         suffix = PurePosixPath(urllib.parse.urlsplit(name).path if "://" in name else name.lower()).suffix
-        if suffix not in (".parquet", ".bin") or not os.path.isfile(path):
-            return self.add_bytes(name, _read_file(path))
-        try:
-            if suffix == ".bin" and is_text(path):
-                return self.add_bytes(name, _read_file(path))
-            origin = {"path": name, "sha256": files.sha256_of(path), "bytes": path.stat().st_size}
-        except OSError as error:
-            raise _NotText(name, f"cannot be read ({error.strerror})", "Check its permissions.") from error
-        if suffix == ".parquet":
-            self._add_documents(origin, parquet_documents(name, path, self.settings.text_field))
-        else:
-            self._add_documents(origin, token_documents(name, path))
+        with _opened(path) as file:
+            if suffix == ".parquet":
+                documents = parquet_documents(name, Path(path), self.settings.text_field)
+            elif suffix == ".bin" and not is_text(Path(path)):
+                documents = token_documents(name, Path(path))
+            else:
+                return self.add_file(name, file, _size(path))
+        self.add_documents({"path": name, "sha256": files.sha256_of(Path(path)), "bytes": _size(path)}, documents)
 
-    def _add_documents(self, origin: dict[str, Any], documents: Iterator[str]) -> None:
-        """Add documents that are separate already. What `origin` lacks is there once the last has been read."""
-        name = origin["path"]
-        if any(known["path"] == name for known in self.corpus.origins):
-            self.corpus.skipped.append((name, "was named twice"))
+    def add_file(self, name: str, file: BinaryIO, size: int | None = None) -> None:
+        """Read an open file, or what can be read like one; its name says whether it is packed, and of what kind."""
+        if self.is_known(name):
             return
-        before = len(self.corpus.documents)
-        self.corpus.documents += (document for document in documents if document and not document.isspace())
-        if len(self.corpus.documents) == before:
-            raise _NotText(name, "holds no text", "Give a text to train on.")
-        self.corpus.origins.append(origin)
-
-    def add_bytes(self, name: str, data: bytes) -> None:
-        if any(known["path"] == name for known in self.corpus.origins):
-            self.corpus.skipped.append((name, "was named twice"))
-            return
-        origin = {"path": name, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        if not data:
-            raise _NotText(_shown(name), "is empty", "Give a text to train on.")
+        origin: dict[str, Any] = {"path": name}
         path = PurePosixPath(urllib.parse.urlsplit(name).path if "://" in name else name.lower())
-        if path.suffix == ".gz":
-            data, path = _unpack(name, data), path.with_suffix("")
-        decoded = _decode(name, data, self.settings)
-        documents = _records(name, decoded, self.settings) if path.suffix == ".jsonl" else self.split(decoded)
-        if not documents:
-            raise _NotText(_shown(name), "holds nothing but whitespace", "Give a text to train on.")
-        self.corpus.documents += documents
-        self.corpus.origins.append(origin)
+        stored = _Stored(name, file, self.progress)
+        with self.one_origin(origin):
+            blocks: Iterator[bytes] = iter(lambda: stored.read(BLOCK), b"")
+            if path.suffix == ".gz":
+                size = len(file.getbuffer()) if isinstance(file, io.BytesIO) else size or 0
+                limit = max(UNPACKED_LIMIT, UNPACKED_RATIO * size)
+                blocks, path = unpacked(name, stored, limit) if size else blocks, path.with_suffix("")
+            text = decoded(name, blocks, self.settings.encoding, self.settings.encoding_errors)
+            try:
+                if path.suffix == ".jsonl":
+                    lines = records(name, text, self.settings.text_field, self.settings.encoding_errors)
+                    self.spool.add_pieces((line, True) for line in lines)
+                else:
+                    self.spool.add_pieces(split(text, self.settings.documents))
+            except UserError:
+                for _ in text:
+                    pass  # it may turn out to be no text at all, which is to be said first
+                raise
+            if not stored.bytes:
+                raise NotText(shown(name), "is empty", "Give a text to train on.")
+            origin |= {"sha256": stored.sha256.hexdigest(), "bytes": stored.bytes}
 
-    def split(self, text: str) -> list[str]:
-        """The documents of one text, without those of nothing but whitespace."""
-        if self.settings.documents == "file":
-            pieces = [text]
-        elif self.settings.documents == "line":
-            pieces = text.split("\n")
-        elif self.settings.documents == "blank-line":
-            pieces = re.split(r"\n(?:[^\S\n]*\n)+", text.strip("\n"))
-        else:
-            pieces = text.split(self.separator)
-        return [piece for piece in pieces if piece and not piece.isspace()]
+    def is_known(self, name: str) -> bool:
+        """Whether an origin has been read before; it is noted as skipped."""
+        if known := name in self.known:
+            self.skipped.append((name, "was named twice"))
+        return known
+
+    @contextmanager
+    def one_origin(self, origin: dict[str, Any]) -> Iterator[None]:
+        """Within, the text of one origin is read: all of it, or nothing where that fails."""
+        name, before = origin["path"], self.spool.tally.copy()
+        try:
+            yield
+            if self.spool.tally.documents == before.documents:
+                raise NotText(shown(name), "holds nothing but whitespace", "Give a text to train on.")
+        except BaseException:
+            self.spool.back_to(before)
+            raise
+        self.origins.append(origin)
+        self.known.add(name)
+
+    def progress(self, size: int) -> None:
+        """So many more bytes of the files are read."""
+        self.done += size
+        if self.on_progress and self.total:
+            self.on_progress(self.done, self.total)
 
     def files_below(self, folder: str) -> Iterator[str]:
         """The files of a folder and its subfolders that have the name of a text, sorted by path."""
         paths = []
 
         def unreadable(error: OSError) -> None:
-            self.corpus.skipped.append((error.filename, f"cannot be read ({error.strerror})"))
+            self.skipped.append((error.filename, f"cannot be read ({error.strerror})"))
 
         for parent, folders, names in os.walk(folder, onerror=unreadable):
             for name in list(folders):
                 if reason := _why_not_enter(path := os.path.join(parent, name)):
                     folders.remove(name)
-                    self.corpus.skipped.append((path, reason))
+                    self.skipped.append((path, reason))
             paths += [os.path.join(parent, name) for name in names]
         for path in sorted(paths):
             name = os.path.basename(path).lower()
             if name.startswith("."):
-                self.corpus.skipped.append((path, "is a hidden file"))
+                self.skipped.append((path, "is a hidden file"))
             elif Path(name.removesuffix(".gz")).suffix not in TEXT_SUFFIXES:
-                self.corpus.skipped.append((path, "is not named like a text"))
+                self.skipped.append((path, "is not named like a text"))
             else:
                 yield path
 
@@ -258,136 +268,41 @@ def _why_not_enter(folder: str) -> str:
     return IS_RUN if is_run else ""
 
 
-def _shown(name: str) -> str:
-    return "Standard input" if name == "-" else name
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
 
 
-def _read_file(path: str | Path) -> bytes:
+def _opened(path: str) -> BinaryIO:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             remedy = f"To train on what it gives: cat {path} | quire train -"
-            raise _NotText(str(path), "is a pipe or a device, not a file", remedy)
-        return Path(path).read_bytes()
+            raise NotText(path, "is a pipe or a device, not a file", remedy)
+        return open(path, "rb", buffering=0)
     except OSError as error:
-        raise _NotText(str(path), f"cannot be read ({error.strerror})", "Check its permissions.") from error
+        raise _unreadable(path, error) from error
 
 
-def _unpack(name: str, data: bytes) -> bytes:
-    limit = max(UNPACKED_LIMIT, UNPACKED_RATIO * len(data))
-    try:
-        return gunzip(data, limit)
-    except OverflowError:
-        problem = f"expands to more than {limit:,} bytes, as no text does. If it is meant, unpack it by hand"
-    except EOFError:
-        problem = "is cut short. Copy or download it again"
-    except (OSError, zlib.error):
-        problem = "is damaged, or not gzip. Copy or download it again"
-    raise UserError(f"{name} {problem}.")
+def _unreadable(name: str, error: OSError) -> NotText:
+    return NotText(shown(name), f"cannot be read ({error.strerror})", "Check its permissions.")
 
 
-def _decode(name: str, data: bytes, settings: DataSettings) -> str:
-    """Bytes to text: no byte order mark, line ends \\n, no end-of-file mark of DOS."""
-    encoding, start = settings.encoding, 0
-    for mark, marked in _BYTE_ORDER_MARKS:
-        if data.startswith(mark):
-            encoding, start = marked, len(mark)
-            break
-    wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
-    if not wide and (b"\0" in data or data.startswith(b"%PDF-")):
-        remedy = "Save it as plain text first; if it is UTF-16 text, say --encoding utf-16."
-        raise _NotText(_shown(name), "is a binary file, not text", remedy)
-    try:
-        text = str(memoryview(data)[start:], encoding, settings.encoding_errors)
-    except UnicodeDecodeError as error:
-        raise _bad_byte(name, data, start + error.start, encoding) from error
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text.removesuffix("\x1a")
+class _Stored:
+    """A file as it is stored, hashed and counted while it is read."""
 
+    def __init__(self, name: str, file: Any, on_bytes: Callable[[int], object]) -> None:
+        self.name, self.file, self.on_bytes = name, file, on_bytes
+        self.sha256, self.bytes = hashlib.sha256(), 0
 
-def _bad_byte(name: str, data: bytes, offset: int, encoding: str) -> UserError:
-    around = _lines_around(data, offset)
-    replaced = around.decode(encoding, "replace")
-    odd = replaced.count("\ufffd")
-    if sum(character > "\x7f" for character in replaced) > 2 * odd:  # beyond ASCII, most characters are good
-        remedy = f"The rest looks like {encoding}, so say --encoding-errors replace; if not, --encoding NAME."
-    else:
-        likely = _likely_encoding(around)
-        name_it = f"--encoding {likely}, which it looks like" if likely else "--encoding NAME, the right one"
-        remedy = f"Say {name_it}, or --encoding-errors replace to read past such bytes."
-    byte = f"the byte at offset {offset} (0x{data[offset]:02x})"
-    return UserError(f"{_shown(name)}: {byte} is not valid {encoding}. {remedy}")
-
-
-def _likely_encoding(data: bytes) -> str | None:
-    """What charset-normalizer thinks of the lines that are not ASCII, but cp1252 where it sees that and cp1250.
-
-    It puts cp1250 first for most French, German and Spanish; real cp1250 it seldom takes for cp1252 at all.
-    """
-    import charset_normalizer
-
-    telling = b"\n".join(line for line in data.split(b"\n") if not line.isascii())
-    names = [name for match in charset_normalizer.from_bytes(telling) for name in match.could_be_from_charset]
-    return "cp1252" if names[:1] == ["cp1250"] and "cp1252" in names else next(iter(names), None)
-
-
-def _lines_around(data: bytes, offset: int, reach: int = 50_000) -> bytes:
-    """Up to `reach` bytes on each side of an offset, ending with a line so that no character is cut there."""
-    end = offset + reach
-    if end < len(data):
-        end = data.rfind(b"\n", offset, end) + 1 or end
-    return data[max(0, offset - reach) : end]
-
-
-def _check_kind(documents: str) -> None:
-    """Refuse '' and a misspelt kind, such as 'lines'; any other string separates documents."""
-    if not documents:
-        raise UserError("--documents is empty. Say file, line, blank-line, or the string between documents.")
-    hint = nearest(documents, DOCUMENT_KINDS)
-    if documents not in DOCUMENT_KINDS and hint and documents.replace("-", "").isalpha():
-        raise UserError(f"--documents {documents!r} is neither file, line nor blank-line.{hint}")
-
-
-def _check_encoding(name: str) -> None:
-    try:
-        b"a".decode(name)
-    except UnicodeError:
-        return  # known, and one byte is too little for it
-    except (LookupError, ValueError) as error:
-        known = sorted({alias.replace("_", "-") for pair in encodings.aliases.aliases.items() for alias in pair})
-        raise UserError(f"--encoding {name!r} is not a known text encoding.{nearest(name.lower(), known)}") from error
-
-
-def _records(name: str, text: str, settings: DataSettings) -> list[str]:
-    """The text field of each line of a .jsonl file."""
-    documents = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line or line.isspace():
-            continue
-        where = f"{name}, line {number}"
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes."""
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}, is not JSON. Each line of a .jsonl file is one JSON object.") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where}, is not a JSON object. Each line of a .jsonl file is one, with a text in it.")
-        if settings.text_field not in record:
-            there = ", ".join(record) or "none"
-            raise UserError(f"{where}, has no field {settings.text_field!r} (there: {there}). Say --text-field NAME.")
-        value = record[settings.text_field]
-        if not isinstance(value, str):
-            raise UserError(f"{where}: the field {settings.text_field!r} is not a string. Say --text-field NAME.")
-        documents.append(_without_surrogates(where, value, settings.encoding_errors))
-    return [document for document in documents if document and not document.isspace()]
-
-
-def _without_surrogates(where: str, text: str, errors: str) -> str:
-    r"""`text`, whose JSON may spell half of a surrogate pair (\ud800), which no encoding can store."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        if errors == "strict":
-            remedy = "Mend it, or say --encoding-errors replace."
-            raise UserError(f"{where}, has half a surrogate pair, which is no character. {remedy}") from error
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+            data = self.file.read(size)
+        except OSError as error:
+            raise _unreadable(self.name, error) from error
+        self.sha256.update(data)
+        self.bytes += len(data)
+        self.on_bytes(len(data))
+        return data

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from quire.config import from_table
-from quire.data.prepare import stream
+from quire.data.encode import stream
 from quire.data.reading import DataSettings, read
+from quire.data.shards import token_type
+from quire.data.spool import Corpus
 from quire.devices import choose_device
 from quire.errors import UserError
 from quire.evaluation.loss import total_loss
@@ -47,7 +49,7 @@ def evaluate(
     run = run if isinstance(run, Run) else Run(run)
     if texts:
         settings = replace(from_table(DataSettings, run.config.get("data", {}), "data"), encoding=encoding)
-        tokens, size = _encoded(run.tokenizer, read(texts, settings).documents, unknown)
+        tokens, size = _encoded(run.tokenizer, read(texts, settings), unknown)
     else:
         tokens, size = run.validation_tokens(), run.manifest["validation"]["bytes"]
     where = choose_device(device)
@@ -75,10 +77,15 @@ def bits_per_byte(total: float, size: int) -> float:
     return total / math.log(2) / size
 
 
-def _encoded(tokenizer: Tokenizer, documents: list[str], unknown: Unknown) -> tuple[np.ndarray, int]:
-    """The token stream of documents, and the bytes of what was encoded (unknown characters left out or replaced)."""
-    if unknown != "error":
-        documents = [tokenizer.decode(tokenizer.encode_array(text, unknown)) for text in documents]
-    if not any(documents):
+def _encoded(tokenizer: Tokenizer, corpus: Corpus, unknown: Unknown) -> tuple[np.ndarray, int]:
+    """The token stream of a corpus, and the bytes of what was encoded (unknown characters left out or replaced)."""
+    kind, parts = token_type(tokenizer.vocabulary_size), []
+    size = corpus.documents.sizes[0] if unknown == "error" else 0
+    for part in stream(tokenizer, corpus.documents.pieces(), unknown):
+        parts.append(part.astype(kind))
+        if unknown != "error":
+            size += len(tokenizer.decode(part).encode())
+    corpus.close()
+    if not size:
         raise UserError("Nothing of this text is in the model's vocabulary: there is nothing to measure.")
-    return stream(tokenizer, documents), sum(len(text.encode()) for text in documents)
+    return np.concatenate(parts), size

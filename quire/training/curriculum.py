@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from quire.data.batches import Batches
+from quire.data.shards import TokenStream
 from quire.errors import UserError, nearest
 
 FORM = "SHARE:CONTEXT or SHARE:CONTEXT:TEXT, such as 0.5:64"
@@ -59,7 +60,7 @@ class Curriculum:
     def __init__(
         self,
         words: Sequence[str],
-        tokens: np.ndarray,
+        tokens: np.ndarray | TokenStream,
         context_length: int,
         seed: int,
         ranges: Mapping[str, Sequence[int]],
@@ -77,7 +78,7 @@ class Curriculum:
                     f"Stage {number + 1} of --curriculum has a context of {length} tokens, more than the model's"
                     f" {context_length}. Shorten it, or give a longer --model.context-length."
                 )
-            part = tokens[slice(*_range(stage.text, ranges))] if stage.text else tokens
+            part = _span(tokens, *_range(stage.text, ranges)) if stage.text else tokens
             if len(part) <= length and words:
                 raise UserError(
                     f"Stage {number + 1} of --curriculum: {stage.text or 'the text'} has {max(len(part) - 1, 0)} tokens"
@@ -105,6 +106,10 @@ class Curriculum:
 def stage_seed(seed: int, number: int) -> int:
     """The seed of a stage's order; the first stage has the run's own, as a run without stages has."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]) if number else seed
+
+
+def _span(tokens: np.ndarray | TokenStream, start: int, stop: int) -> np.ndarray | TokenStream:
+    return tokens.span(start, stop) if isinstance(tokens, TokenStream) else tokens[start:stop]
 
 
 def _range(text: str, ranges: Mapping[str, Sequence[int]]) -> Sequence[int]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from quire import checkpoint, files
 from quire.data.batches import Batches, Cursor
+from quire.data.shards import TokenStream
 from quire.devices import peak_memory
 from quire.errors import UserError
 from quire.evaluation.evaluate import bits_per_byte
@@ -47,7 +48,7 @@ class Trainer:
     """A run being trained: its model, optimizers, data and state. `began` is time.time() at the command's start."""
 
     def __init__(
-        self, run: Run, settings: TrainingSettings, tokens: np.ndarray, device: torch.device, began: float
+        self, run: Run, settings: TrainingSettings, tokens: np.ndarray | TokenStream, device: torch.device, began: float
     ) -> None:
         self.run, self.settings, self.device = run, settings, device
         self.precision = Precision(settings.precision, device)
@@ -55,7 +56,7 @@ class Trainer:
         self.engine = ENGINES[settings.engine]
         self.model = run.fresh_model(settings.seed, device).train()
         self.optimizers = OPTIMIZERS[settings.optimizer](self.model, settings)
-        self.tokens, ranges = tokens, run.manifest["report"].get("ranges", {})
+        self.tokens, ranges = tokens, run.manifest.get("ranges", {})
         context = run.settings.context_length
         self.curriculum = Curriculum(settings.curriculum, tokens, context, settings.seed, ranges)
         self.validation = run.validation_tokens()

@@ -25,6 +25,7 @@ class TrainingSettings:
     tokens: int = 0  # length: tokens trained on
     minutes: float = 0.0  # length: wall time from the command's start to its exit
     tokenizer: str = "character"  # a kind of tokenizer to fit, or the path of one to use as it is
+    vocabulary_size: int = 0  # tokens of a tokenizer that is fitted; 0: as its kind sees fit
     batch_size: int = 12  # windows of the context length taken at once
     accumulation_steps: int = 1  # batches whose gradients are added up for one optimizer step
     curriculum: tuple[str, ...] = ()  # stages SHARE:CONTEXT or SHARE:CONTEXT:TEXT, for example 1:64 3:256
@@ -60,7 +61,7 @@ class TrainingSettings:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
         for name in (*LENGTHS, "learning_rate", "matrix_learning_rate", "weight_decay", "gradient_clip", "warmup_steps",
-                     "evaluation_interval", "patience", "seed", "threads"):  # fmt: skip
+                     "evaluation_interval", "patience", "seed", "threads", "vocabulary_size"):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(
                     f"--{name.replace('_', '-')} must be a finite number of at least 0, not {getattr(self, name)}."

@@ -19,7 +19,9 @@ import quire
 from quire import files
 from quire.config import Table, from_table
 from quire.data.prepare import Prepared, prepare
-from quire.data.reading import Corpus, DataSettings, read
+from quire.data.reading import DataSettings, read
+from quire.data.shards import TokenStream
+from quire.data.spool import Corpus
 from quire.devices import choose_device, set_threads, unused_card
 from quire.errors import UserError
 from quire.progress import bar, say
@@ -79,7 +81,7 @@ def train_run(settings: Settings, path: Path | None = None, began: float | None 
     say(f"{', '.join(texts[:3])}: {prepared}")
     settings = fitted(settings, prepared)
     manifest = describe(settings, prepared, origins, device)
-    created = Run.create(path, settings.tables(), prepared.tokenizer, manifest, prepared.validation, kept)
+    created = Run.create(path, settings.tables(), prepared.tokenizer, manifest, prepared.validation[:], kept)
     trainer = None
     try:
         with training_lock(created):
@@ -198,7 +200,11 @@ def prepare_machine(training: TrainingSettings) -> tuple[torch.device, int]:
 def load_data(settings: Settings, piped: bytes | None = None) -> tuple[Prepared, list[Table]]:
     """The prepared text, and where it came from."""
     corpus, held_out = read_texts(settings, piped)
-    return prepare(corpus, settings.training.tokenizer, held_out), corpus.origins
+    try:
+        training = settings.training
+        return prepare(corpus, training.tokenizer, held_out, training.vocabulary_size), corpus.origins
+    finally:
+        corpus.close()
 
 
 def read_texts(
@@ -214,24 +220,18 @@ def read_texts(
         if settings.data.validation and held_out is None:
             held_out = read([settings.data.validation], settings.data, on_bytes)
     if held_out is not None:
-        leave_out(held_out, corpus)
+        count = corpus.leave_out(held_out)
+        if not len(corpus.documents):
+            raise UserError("The text of --validation is the whole training text. Name another one, or leave it out.")
+        if count:
+            are = f"{count} document{'s' * (count > 1)}"
+            say(f"{are} of the training text left out: the text of --validation has them.")
     for sentence in corpus.attributions:
         say(sentence, "dim")
     if corpus.skipped:
         named = "; ".join(f"{path} {why}" for path, why in corpus.skipped[:5])
         say(f"Skipped {len(corpus.skipped)}: {named}{'; ...' if len(corpus.skipped) > 5 else ''}")
     return corpus, held_out
-
-
-def leave_out(held_out: Corpus, corpus: Corpus) -> None:
-    """Take the held-out documents out of the training text, where a folder or a glob brought them in."""
-    apart = set(held_out.documents)
-    documents = [text for text in corpus.documents if text not in apart]
-    if not documents:
-        raise UserError("The text of --validation is the whole training text. Name another one, or leave it out.")
-    if count := len(corpus.documents) - len(documents):
-        say(f"{count} document{'s' * (count > 1)} of the training text left out: the text of --validation has them.")
-    corpus.documents = documents
 
 
 def fitted(settings: Settings, prepared: Prepared) -> Settings:
@@ -246,8 +246,8 @@ def fitted(settings: Settings, prepared: Prepared) -> Settings:
             f"The training text has {predictions} tokens, fewer than the context length"
             f" {settings.model.context_length}: the context is shortened to {context}."
         )
-    training, ranges = settings.training, prepared.report.get("ranges", {})
-    Curriculum(training.curriculum, prepared.training, context, training.seed, ranges)  # refused before a run is made
+    training = settings.training
+    Curriculum(training.curriculum, prepared.training, context, training.seed, prepared.ranges)  # refused before a run
     separator = prepared.tokenizer.separator
     return settings.with_model(vocabulary_size=vocabulary, context_length=context, separator=separator)
 
@@ -274,6 +274,7 @@ def describe(settings: Settings, prepared: Prepared, origins: list[Table], devic
         "seed": training.seed,
         "data": origins,
         "report": prepared.report,
+        "ranges": prepared.ranges,
         "separators": prepared.report["training_documents"],
         "validation": {"bytes": prepared.validation_bytes, "chosen_as": prepared.report["held_out_as"]},
     }
@@ -306,7 +307,7 @@ def free_path(text: str) -> Path:
     return path
 
 
-def find_data(run: Run, settings: Settings, moved: tuple[str, ...]) -> np.ndarray:
+def find_data(run: Run, settings: Settings, moved: tuple[str, ...]) -> TokenStream:
     """The run's training tokens, from the text it began with; another text is refused."""
     kept = run.path / "data" / STANDARD_INPUT
     data = replace(settings.data, text=moved or tuple(origin["path"] for origin in run.manifest["data"]))
@@ -316,14 +317,22 @@ def find_data(run: Run, settings: Settings, moved: tuple[str, ...]) -> np.ndarra
         corpus, held_out = read_texts(replace(settings, data=data), piped, kept_validation(run, settings))
     except UserError as error:
         raise UserError(f"The training text of {run.path} cannot be read: {error} {where}") from error
+    try:
+        check_same(run, corpus, data.text, where)
+        return prepare(corpus, str(run.path / "tokenizer.json"), held_out).training
+    finally:
+        corpus.close()
+
+
+def check_same(run: Run, corpus: Corpus, texts: tuple[str, ...], where: str) -> None:
+    """Refuse another text than the run's."""
     before, now = ([origin["sha256"] for origin in found] for found in (run.manifest["data"], corpus.origins))
     if before != now:
         changed = next(
             (new["path"] for old, new in zip(before, corpus.origins, strict=False) if old != new["sha256"]),
-            data.text[0],
+            texts[0],
         )
         raise UserError(f"{changed} is not the text that {run.path} began with: its contents differ. {where}")
-    return prepare(corpus, str(run.path / "tokenizer.json"), held_out).training
 
 
 def kept_validation(run: Run, settings: Settings) -> Corpus | None:
@@ -332,4 +341,4 @@ def kept_validation(run: Run, settings: Settings) -> Corpus | None:
         return None
     tokens = run.validation_tokens()
     documents = np.split(tokens, np.flatnonzero(tokens == run.tokenizer.separator))[1:]  # it begins with a separator
-    return Corpus([run.tokenizer.decode(document) for document in documents])
+    return Corpus.of(run.tokenizer.decode(document) for document in documents)

@@ -54,7 +54,7 @@ def test_as_a_corpus(server):
     server.answers["/data/b%20c.jsonl.gz?raw=1"] = whole(packed)
     address = server.address + "/data/b c.jsonl.gz?raw=1"
     corpus = read([address], DataSettings())
-    assert corpus.documents == ["one", "two"]
+    assert list(corpus.documents) == ["one", "two"]
     expected = {"path": address, "sha256": hashlib.sha256(packed).hexdigest(), "bytes": len(packed)}
     assert corpus.origins == [expected]
 

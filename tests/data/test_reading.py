@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.data import reading
-from quire.data.reading import Corpus, DataSettings, read
+from quire.data.reading import DataSettings, read
 from quire.errors import UserError
 from quire.sources import SOURCES
 
@@ -29,7 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def documents(*texts: str, **settings: object) -> list[str]:
-    return read(texts, DataSettings(**settings)).documents
+    return list(read(texts, DataSettings(**settings)).documents)
 
 
 def write(name: str, data: bytes | str) -> str:
@@ -46,7 +46,9 @@ def test_a_file_and_its_origin(here):
     write("a.xyz", data)  # named by hand, any name is a text's
     corpus = read(["a.xyz"], DataSettings())
     origin = {"path": str(here / "a.xyz"), "sha256": hashlib.sha256(data).hexdigest(), "bytes": 7 + 1}
-    assert corpus == Corpus(documents=["Grüße\n"], origins=[origin])
+    assert list(corpus.documents) == ["Grüße\n"]
+    assert (corpus.origins, corpus.skipped, corpus.attributions) == ([origin], [], [])
+    assert corpus.arguments == [("a.xyz", 0, 1)]
 
 
 def test_a_folder_is_read_in_order_and_what_is_skipped_is_named():
@@ -65,7 +67,7 @@ def test_a_folder_is_read_in_order_and_what_is_skipped_is_named():
         write(f"d/runs/one/{name}", "{}")
     os.mkfifo("d/pipe.txt") if hasattr(os, "mkfifo") else write("d/pipe.txt", b"")
     corpus = read(["d"], DataSettings())
-    assert corpus.documents == ["apy", "az", "b", "c1", "c2"]
+    assert list(corpus.documents) == ["apy", "az", "b", "c1", "c2"]
     assert [Path(origin["path"]).name for origin in corpus.origins] == ["a.py", "z.md", "b.txt", "c.jsonl.gz"]
     skipped = {Path(path).name: reason for path, reason in corpus.skipped}
     assert len(skipped) == len(corpus.skipped) == 9
@@ -88,7 +90,7 @@ def test_links_to_folders_are_not_followed():
     os.symlink("..", "d/up")
     os.symlink("nowhere", "d/broken.txt")
     corpus = read(["d"], DataSettings())
-    assert corpus.documents == ["a"]
+    assert list(corpus.documents) == ["a"]
     assert dict(corpus.skipped) == {
         "d/up": "is a link to a folder",
         "d/broken.txt": "cannot be read (No such file or directory)",
@@ -114,21 +116,21 @@ def test_arguments_keep_their_order():
 
 def test_a_text_named_twice_is_read_once():
     corpus = read([write("b.txt", "b"), "b.txt"], DataSettings())
-    assert corpus.documents == ["b"]
+    assert list(corpus.documents) == ["b"]
     assert corpus.skipped == [(os.path.abspath("b.txt"), "was named twice")]
 
 
 def test_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("ä\r\n".encode()), encoding="ascii"))
     corpus = read(["-"], DataSettings())
-    assert corpus.documents == ["ä\n"]
+    assert list(corpus.documents) == ["ä\n"]
     assert corpus.origins[0]["path"] == "-" and corpus.origins[0]["bytes"] == 4
 
 
 def test_a_known_corpus_unless_a_file_has_its_name(monkeypatch):
     monkeypatch.setattr(reading, "texts", lambda source, on_bytes: [("a", "é".encode()), ("b", b"two\x1a")])
     corpus = read(["paradise-lost", "shakespeare"], DataSettings(encoding="latin-1"))
-    assert corpus.documents == ["é", "two"] * 2
+    assert list(corpus.documents) == ["é", "two"] * 2
     source = SOURCES["paradise-lost"]
     assert corpus.origins[0] == {"path": "paradise-lost", "sha256": source.sha256, "bytes": source.size}
     assert corpus.attributions == [source.attribution]  # both are from one package
@@ -222,23 +224,6 @@ def test_the_encoding_said_to_be_likely_reads_the_text(text, encoding):
 )
 def test_kinds_of_document(kind, expected):
     assert documents(write("a.txt", "\none\n two\n\n \t\n\nthree\n"), documents=kind) == expected
-
-
-SEPARATORS = {"line": "\n", "blank-line": "\n\n", "<|>": "<|>"}
-PIECES = st.text(st.characters(exclude_characters="\n<|>")).filter(lambda piece: piece and not piece.isspace())
-
-
-@given(st.lists(PIECES, min_size=1), st.sampled_from(list(SEPARATORS)))
-def test_what_is_joined_is_split_again(pieces, kind):
-    text = SEPARATORS[kind].join(pieces)
-    assert reading._Reader(DataSettings(documents=kind), None).split(text) == pieces
-
-
-@given(st.text(st.sampled_from("ab<|> \t\n")), st.sampled_from(["file", *SEPARATORS]))
-def test_splitting_loses_only_separators_and_whitespace(text, kind):
-    pieces = reading._Reader(DataSettings(documents=kind), None).split(text)
-    expected = text.replace(kind, "") if kind == "<|>" else text
-    assert "".join("".join(pieces).split()) == "".join(expected.split())
 
 
 @given(st.text(st.characters(exclude_characters="\r\x1a\ufeff\0", exclude_categories=["Cs"])))
@@ -380,10 +365,10 @@ def test_a_read_that_fails():
 
 
 def test_out_of_memory(monkeypatch):
-    def too_large(path: str) -> bytes:
+    def too_large(path: str) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(reading, "_read_file", too_large)
+    monkeypatch.setattr(reading, "_opened", too_large)
     with pytest.raises(UserError, match=r"a\.txt does not fit into this machine's memory"):
         documents(write("a.txt", "text"))
 

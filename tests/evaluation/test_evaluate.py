@@ -9,12 +9,16 @@ import pytest
 import torch
 
 import quire as face
-from quire.data.prepare import stream
 from quire.errors import UserError
 from quire.evaluation.loss import total_loss
 from quire.run import Run
 
 CPU = torch.device("cpu")
+
+
+def stream(tokenizer, documents: list[str]) -> np.ndarray:
+    """[separator] document [separator] document ..."""
+    return np.array([token for text in documents for token in [tokenizer.separator, *tokenizer.encode(text)]])
 
 
 def by_definition(run: Run, tokens: np.ndarray, stride: int | None = None) -> tuple[float, int]:

@@ -1,0 +1,189 @@
+"""Documents on disk: one UTF-8 file with all their text, and an index of where each lies.
+
+Text and index are read in parts, so that a corpus of any size takes little memory.
+"""
+
+import codecs
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quire import files
+from quire.tokenizers.tokenizer import LONGEST_STRETCH, cut_place
+
+BLOCK = 1 << 20  # bytes of text read at once
+ROWS = 1 << 14  # documents whose places are read at once
+ROW = np.dtype("<i8")
+START, BYTES, CHARACTERS = range(3)  # columns of the index
+
+Place = tuple[int, int]  # a document, and a byte in it
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents `first` to `last` of an index, whose rows are (start in the text file, bytes, characters)."""
+
+    text: Path
+    index: Path
+    first: int
+    last: int
+    owner: Any = field(default=None, repr=False, compare=False)  # whoever deletes the files when nobody needs them
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[str]:
+        """Each document as one string."""
+        parts: list[str] = []
+        for begins, text in self.pieces():
+            if begins and parts:
+                yield "".join(parts)
+                parts = []
+            parts.append(text)
+        if parts:
+            yield "".join(parts)
+
+    def __getitem__(self, chosen: slice) -> "Documents":
+        """Some of the documents, one after the other."""
+        first, last, _ = chosen.indices(len(self))
+        return replace(self, first=self.first + first, last=self.first + max(first, last))
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        """The rows (start, bytes, characters) of some documents, counted from the first of these: int64, (n, 3)."""
+        count, offset = 3 * (last - first), 3 * ROW.itemsize * (self.first + first)
+        return np.fromfile(self.index, ROW, count, offset=offset).reshape(-1, 3)
+
+    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """All rows, some thousand at once, each time with the number of the first."""
+        for first in range(0, len(self), ROWS):
+            yield first, self.rows(first, min(first + ROWS, len(self)))
+
+    @cached_property
+    def sizes(self) -> tuple[int, int, int]:
+        """Bytes, characters, and the characters of the longest document."""
+        totals, longest = np.zeros(3, dtype=np.int64), 0
+        for _, rows in self.chunks():
+            totals += rows.sum(0)
+            longest = max(longest, int(rows[:, CHARACTERS].max()))
+        return int(totals[BYTES]), int(totals[CHARACTERS]), longest
+
+    def pieces(self, begin: Place = (0, 0), end: Place | None = None) -> Iterator[tuple[bool, str]]:
+        """The text from one place to another, in strings of about a megabyte at most that end at a `cut_place`.
+
+        With each goes whether a document begins there. Encoded one by one, they give the ids of whole documents.
+        """
+        last, stop = end or (len(self), 0)
+        with open(self.text, "rb") as file:
+            for first in range(begin[0], last + (stop > 0), ROWS):
+                rows = self.rows(first, min(first + ROWS, last + (stop > 0)))
+                for number, (start, size, _) in enumerate(rows.tolist(), first):
+                    skip = begin[1] if number == begin[0] else 0
+                    size = stop if number == last else size
+                    if file.tell() != start + skip:
+                        file.seek(start + skip)
+                    if size - skip <= BLOCK:
+                        yield skip == 0, file.read(size - skip).decode()
+                    else:
+                        for index, text in enumerate(_blocks(file, size - skip)):
+                            yield skip == 0 and index == 0, text
+
+    def texts(self) -> Iterator[str]:
+        """All the text, in strings that end at a `cut_place` or with a document."""
+        return (text for _, text in self.pieces())
+
+    def cut_before(self, document: int, byte: int, reach: int) -> int:
+        """A byte of a document, at most `byte` and less than `reach` before it, where its text can be cut in two.
+
+        Where there is no such place, the text is cut in the middle of whatever stands there.
+        """
+        start = int(self.rows(document, document + 1)[0, START])
+        window = 1 << 12
+        with open(self.text, "rb") as file:
+            while True:
+                window = min(window, reach, byte)
+                file.seek(start + byte - window)
+                data = file.read(window)
+                half = next((i for i in range(min(4, window)) if data[i] & 0xC0 != 0x80), 0)  # of a character before
+                text = data.decode(errors="ignore")
+                place = cut_place(text)
+                if 0 < place < LONGEST_STRETCH or window == min(reach, byte):
+                    place = place or len(text)
+                    return byte - window + half + len(text[:place].encode())
+                window *= 16
+
+    def without(self, others: "Documents", index: Path) -> tuple["Documents", np.ndarray]:
+        """These documents but for those that are among `others`, by an index written to `index`; the numbers left out.
+
+        Only documents of equal sizes are read and compared.
+        """
+        sizes, apart = set(), set()
+        with open(others.text, "rb") as text:
+            for _, rows in others.chunks():
+                sizes |= {row[BYTES] for row in rows.tolist()}
+                apart |= {_sha256(text, row) for row in rows.tolist()}
+        found: list[int] = []
+        with open(self.text, "rb") as text, files.open_new(index) as file:
+            for first, rows in self.chunks():
+                gone = [row[BYTES] in sizes and _sha256(text, row) in apart for row in rows.tolist()]
+                found += (first + np.flatnonzero(gone)).tolist()
+                file.write(rows[~np.array(gone)].tobytes())
+        left = replace(self, index=index, first=0, last=len(self) - len(found))
+        return left, np.array(found, dtype=np.int64)
+
+    def characters_at_the_end(self, row: Any, count: int) -> int:
+        """How many bytes the last `count` characters of a document have."""
+        size = min(row[BYTES], 4 * count)
+        with open(self.text, "rb") as file:
+            file.seek(row[START] + row[BYTES] - size)
+            text = file.read(size).decode(errors="ignore")
+        return len(text[len(text) - count :].encode())
+
+    def listed(self, index: Path, rows: Iterable[np.ndarray]) -> "Documents":
+        """Other parts of the same text, by rows that are written to `index`."""
+        with files.open_new(index) as file:
+            for part in rows:
+                file.write(np.ascontiguousarray(part, dtype=ROW).tobytes())
+        return replace(self, index=index, first=0, last=os.path.getsize(index) // (3 * ROW.itemsize))
+
+
+def _sha256(file: Any, row: list[int]) -> bytes:
+    """The digest of the document in a row of the index."""
+    digest, left = hashlib.sha256(), row[BYTES]
+    file.seek(row[START])
+    while left and (block := file.read(min(left, BLOCK))):
+        digest.update(block)
+        left -= len(block)
+    return digest.digest()
+
+
+def _blocks(file: Any, size: int) -> Iterator[str]:
+    """The next `size` bytes of a text file, in strings that end at a `cut_place`."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    held: list[str] = []  # text without a place to cut, or after the last one
+    length = 0
+    while size:
+        data = file.read(min(BLOCK, size))
+        assert data, "the text file is shorter than its index says"
+        size -= len(data)
+        context = held[-1][-2:] if held else ""  # what a place to cut is told by, beside the new text
+        text = context + decoder.decode(data, not size)
+        held.append(text[len(context) :])
+        length += len(held[-1])
+        place = cut_place(text) if size else 0
+        if 0 < place < len(text):
+            whole = "".join(held)
+            cut = len(whole) - len(text) + place
+            yield whole[:cut]
+            held, length = [whole[cut:]], len(whole) - cut
+        elif size and length > LONGEST_STRETCH:
+            whole = "".join(held)
+            yield whole[:LONGEST_STRETCH]
+            held, length = [whole[LONGEST_STRETCH:]], length - LONGEST_STRETCH
+    if whole := "".join(held):
+        yield whole
