@@ -68,21 +68,11 @@ def test_a_mistake_is_named_before_a_run_is_made(lab, texts, word):
 
 @pytest.fixture
 def texts(lab, monkeypatch) -> Callable[..., Run]:
-    """texts(name, ...): a training of three texts (the last is short), whose ranges were counted by hand."""
+    """texts(name, ...): a training of three texts, of which the last is short."""
     generator = random.Random(1)
     for name, letters, count in [("alpha", "abcd", 1500), ("beta", "efgh", 900), ("gamma", "ijkl", 15)]:
         (lab.folder / f"{name}.txt").write_text("".join(generator.choices(letters, k=count)))
     (lab.folder / "held-out.txt").write_text("".join(generator.choices("abcdefghijkl", k=200)))
-    prepare = train.prepare
-
-    def with_ranges(*arguments: Any) -> Any:
-        prepared = prepare(*arguments)
-        ranges = {"alpha.txt": [0, 1501], "beta.txt": [1501, 2402], "gamma.txt": [2402, 2418]}
-        prepared.report["ranges"] = ranges
-        return prepared
-
-    monkeypatch.setattr(train, "prepare", with_ranges)
-
     def act(name: str, **settings: Any) -> Run:
         return train.train(
             "alpha.txt", "beta.txt", "gamma.txt", run=lab.folder / name, preset="gpt-mini", model=dict(lab.MODEL),
@@ -145,7 +135,7 @@ def test_a_text_s_stage_is_trained_on_nothing_else(lab, texts, taken):
     letters = [set(run.tokenizer.decode(tokens.flatten().tolist())) for *_, tokens in taken]
     stages = [set().union(*letters[start : start + 10]) for start in (0, 10, 20)]
     assert stages[0] <= set("efgh") and stages[1] <= set("abcd") and stages[2] > set("abcdefgh")
-    assert run.manifest["report"]["ranges"]["beta.txt"] == [1501, 2402]
+    assert run.manifest["ranges"]["beta.txt"] == [1501, 2402]
 
 
 def test_each_stage_takes_its_text_in_a_fresh_order_of_its_own(lab, taken):
