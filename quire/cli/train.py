@@ -16,6 +16,7 @@ from quire.models import ModelSettings
 from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
 from quire.training.train import train_run
 
+Stages = Annotated[tuple[str, ...], tyro.conf.arg(metavar="STAGE ...", help_behavior_hint="")]
 Preset = Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(PRESETS)}}}")]
 
 
@@ -27,6 +28,13 @@ class TextSettings(DataSettings):
 
 
 @dataclass(frozen=True)
+class StagedSettings(TrainingSettings):
+    """How it is trained."""
+
+    curriculum: Stages = ()  # stages SHARE:CONTEXT or SHARE:CONTEXT:TEXT, for example 1:64 3:256
+
+
+@dataclass(frozen=True)
 class Arguments:
     """Train a model on TEXT and write it into a run directory. Flags over --config over --preset."""
 
@@ -34,7 +42,7 @@ class Arguments:
     preset: Preset = "default"  # where the settings start from; the defaults shown here are this preset's
     config: str = ""  # a TOML file over the preset, for example another run's config.toml
     json: Switch = False  # print one JSON object on standard output at the end, and nothing else there
-    training: OmitArgPrefixes[TrainingSettings] = field(default_factory=TrainingSettings)
+    training: OmitArgPrefixes[StagedSettings] = field(default_factory=StagedSettings)
     data: OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
     model: FlagConversionOff[ModelSettings] = field(default_factory=ModelSettings)
 
@@ -49,8 +57,9 @@ def run(words: list[str]) -> int:
         table["training"] = {**table.get("training", {}), **dict.fromkeys(LENGTHS, 0)}
     base = typed(table)
     text = TextSettings(**vars(base.data))
-    default = Arguments(preset=preset, config=config, training=base.training, data=text, model=base.model)
+    recipe = StagedSettings(**vars(base.training))
+    default = Arguments(preset=preset, config=config, training=recipe, data=text, model=base.model)
     given = parse(Arguments, words, "train", default)
-    settings = Settings(DataSettings(**vars(given.data)), given.model, given.training)
+    settings = Settings(DataSettings(**vars(given.data)), given.model, TrainingSettings(**vars(given.training)))
     trained = train_run(settings, Path(given.run) if given.run else None, BEGAN)
     return show_ending(trained, given.json)

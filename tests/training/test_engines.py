@@ -36,8 +36,9 @@ def trainer(model: dict[str, Any] | None = None, **training: Any) -> Trainer:
         return GPT(settings).double().to(device)
 
     run: Any = SimpleNamespace(
-        settings=settings, fresh_model=fresh_model, validation_tokens=lambda: TOKENS, path=Path("nowhere")
-    )
+        settings=settings, fresh_model=fresh_model, validation_tokens=lambda: TOKENS, path=Path("nowhere"),
+        manifest={"report": {}},
+    )  # fmt: skip
     defaults = {"steps": 1000, "learning_rate": 1e-2, "matrix_learning_rate": 1e-2, "warmup_steps": 3, "compile": "no"}
     made = Trainer(run, TrainingSettings(**{**defaults, **training}), TOKENS, CPU, 0.0)
     made.begin()
