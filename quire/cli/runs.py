@@ -88,7 +88,10 @@ def size(count: int) -> str:
     """Bytes for a person."""
     if not count:
         return "-"
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+    for unit, length in (("GB", 1e9), ("MB", 1e6)):
+        if count >= length:
+            return f"{count / length:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
 
 
 def age(seconds: float) -> str:

@@ -24,7 +24,7 @@ Preset = Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(PRESETS)}}}")]
 class TextSettings(DataSettings):
     """Which text, and how it is read."""
 
-    text: Texts = ()  # files, folders, globs, http(s) addresses, - or names of known corpora; none: Shakespeare
+    text: Texts = ()  # files, folders, globs, http(s) addresses, -, known corpora, hf:OWNER/NAME; none: Shakespeare
 
 
 @dataclass(frozen=True)

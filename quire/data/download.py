@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import http.client
 from pathlib import Path
-from typing import Any
 
 from quire import files
 from quire.errors import UserError
@@ -25,14 +24,15 @@ def download(address: str, on_bytes: Progress | None = None) -> Path:
     name = hashlib.sha256(address.encode()).hexdigest()[:32]
     copy = files.cache_folder() / "downloads" / name
     record, part = copy.with_name(name + ".json"), copy.with_name(name + ".part")
+    if _is_whole(copy, record):
+        return copy
     try:
         with files.locked(copy.with_name(name + ".lock")):
-            first = _recorded(record)
-            if copy.exists() and files.sha256_of(copy) == first.get("sha256"):
+            if _is_whole(copy, record):  # another process brought it while this one waited
                 return copy
             transfer_address(address, part, LIMIT, on_bytes)
             found = {"address": address, "sha256": files.sha256_of(part), "bytes": part.stat().st_size}
-            if first and first["sha256"] != found["sha256"]:
+            if _first_sha256(record) not in ("", found["sha256"]):
                 forget(part)
                 raise UserError(
                     f"{address} gives other bytes than when it was first downloaded, by their sha256."
@@ -48,8 +48,12 @@ def download(address: str, on_bytes: Progress | None = None) -> Path:
     return copy
 
 
-def _recorded(record: Path) -> dict[str, Any]:
+def _is_whole(copy: Path, record: Path) -> bool:
+    return copy.exists() and files.sha256_of(copy) == _first_sha256(record)
+
+
+def _first_sha256(record: Path) -> str:
+    """The sha256 of the first download; '' where there is no record of it."""
     with contextlib.suppress(OSError, UserError):
-        found = files.read_json(record)
-        return found if "sha256" in found else {}
-    return {}
+        return str(files.read_json(record).get("sha256", ""))
+    return ""

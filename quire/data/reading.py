@@ -42,7 +42,7 @@ IS_RUN = "is a run of Quire"
 class DataSettings:
     """Which text a model is trained on, and how it is read."""
 
-    text: tuple[str, ...] = ()  # files, folders, globs, http(s) addresses, - (standard input) or names of known corpora
+    text: tuple[str, ...] = ()  # files, folders, globs, http(s) addresses, -, known corpora, hf:OWNER/NAME
     validation: str = ""  # a text held out whole, to measure on, instead of a part of the training text
     documents: str = "file"  # what one document is: file, line, blank-line, or a string that separates (\n: a line end)
     text_field: str = "text"  # the field of a .jsonl line, .parquet or hf: row that holds its text, a document each

@@ -1,7 +1,6 @@
 """One download into a file: capped, told of as it goes, and resumed where it broke off."""
 
 import contextlib
-import errno
 import http.client
 import ipaddress
 import re
@@ -30,6 +29,10 @@ class BrokenOff(OSError):
     """The body ended before its announced length."""
 
 
+class TooLarge(OSError):
+    """There is more than may be downloaded."""
+
+
 def transfer(
     opener: urllib.request.OpenerDirector,
     request: urllib.request.Request,
@@ -49,7 +52,7 @@ def transfer(
         try:
             return _transfer_once(opener, request, part, limit, on_bytes)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if not _resumable(part, request.full_url):
+            if isinstance(error, TooLarge) or not _resumable(part, request.full_url):
                 forget(part)
             if attempt + 1 == ATTEMPTS or not _may_pass(error, attempt > 0 or _size(part) > before):
                 raise
@@ -145,13 +148,13 @@ def _may_pass(error: Exception, began: bool) -> bool:
 
 
 def chunks(response: Any, limit: int, on_bytes: Progress | None = None, done: int = 0) -> Iterator[bytes]:
-    """The body of a response piece by piece; OSError where it exceeds `limit` bytes or ends before its length.
+    """The body of a response piece by piece; TooLarge beyond `limit` bytes, BrokenOff where it ends before its length.
 
     `done` bytes of the whole were there before.
     """
     length = response.headers.get("Content-Length") or ""
     total = done + int(length) if length.isdigit() else None
-    too_large = OSError(errno.EFBIG, f"it is larger than the {limit:,} bytes allowed")
+    too_large = TooLarge(f"it is larger than the {limit:,} bytes allowed")
     if total is not None and total > limit:
         raise too_large
     while piece := response.read(1 << 18):
@@ -170,8 +173,6 @@ def reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         first_line = str(error.reason).partition("\n")[0]
         return f"{error.code} {first_line}"
-    if isinstance(error, OSError) and error.errno == errno.EFBIG:
-        return str(error.strerror)
     return str(error.reason if isinstance(error, urllib.error.URLError) else error) or type(error).__name__
 
 

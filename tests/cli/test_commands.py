@@ -1,4 +1,4 @@
-"""train, resume, runs and doctor as a person and a program see them."""
+"""train, resume, runs, corpora and doctor as a person and a program see them."""
 
 import json
 import re
@@ -10,6 +10,7 @@ import pytest
 
 from quire.cli.flags import program, value_of
 from quire.cli.main import call
+from quire.data.corpora import CORPORA
 from quire.run import Run
 
 SMALL = shlex.split(
@@ -191,3 +192,33 @@ def test_a_reader_who_leaves_is_no_mistake(desk: Path, monkeypatch: pytest.Monke
         closed.number = file.fileno()
         monkeypatch.setattr(sys, "stdout", closed)
         assert call(["evaluate", "tiny"]) == 0
+
+
+# ---- corpora ----
+
+
+def test_corpora_lists_what_is_known(quire, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("QUIRE_CACHE", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
+    said = quire("corpora")
+    assert said.code == 0
+    for name in CORPORA:
+        assert re.search(rf"^ *{name} .*", said.out, re.MULTILINE), name
+    assert re.search(r"enwik8 +36.6 MB +100.0 MB +no +CC BY-SA", said.out)
+    assert re.search(r"openwebtext +12.9 GB +39.8 GB +streams", said.out)
+    assert "gpt2-ranks" not in said.out and "hf:OWNER/NAME" in said.out
+
+
+def test_corpora_json_knows_what_is_here(quire, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("QUIRE_CACHE", str(tmp_path))
+    source = CORPORA["tiny-shakespeare"]
+    (tmp_path / "archives").mkdir()
+    (tmp_path / "archives" / source.filename).write_bytes(bytes(source.size))
+    rows = json.loads(quire("corpora", "--json").out)["corpora"]
+    assert [row["name"] for row in rows] == list(CORPORA)
+    here = {row["name"]: row["cached"] for row in rows}
+    assert here.pop("tiny-shakespeare") is True and here.pop("openwebtext") is None
+    assert set(here.values()) == {False}
+    for row in rows:
+        assert row["download_bytes"] > 0 and row["text_bytes"] > 0
+        assert row["licence"] and row["attribution"] and row["from"] and row["description"].endswith(".")

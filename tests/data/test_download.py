@@ -226,7 +226,7 @@ def test_a_busy_server_is_asked_again_and_an_unwilling_one_is_not(server):
     assert server.requests[4:] == ["/b.txt"]
 
 
-def test_too_large_as_a_whole_though_the_rest_is_not(server, monkeypatch):
+def test_too_large_as_a_whole_though_the_rest_is_not(server, tmp_path, monkeypatch):
     body = server.serve("/a.txt", TEXT, breaks=[500_000] * 9)
     with pytest.raises(UserError, match="broke off"):
         download(server.address + "/a.txt")
@@ -234,6 +234,7 @@ def test_too_large_as_a_whole_though_the_rest_is_not(server, monkeypatch):
     monkeypatch.setattr(downloading, "LIMIT", 510_000)
     with pytest.raises(UserError, match="larger than the 510,000 bytes"):
         download(server.address + "/a.txt")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_other_bytes_than_the_first_time_are_refused(server, tmp_path):

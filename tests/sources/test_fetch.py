@@ -313,7 +313,6 @@ def test_a_member_of_several_texts(server):
         ("paradise-lost", 1, 465_072),
         ("enwik8", 1, 99_621_832),
         ("text8", 1, 74_090_640),
-        ("wikitext-2", 600, 0),
         ("wikitext-validation", 60, 0),
         ("wikitext-test", 60, 0),
     ],
