@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -161,14 +162,25 @@ def _ask(worker: "subprocess.Popen[str]", job: Job) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Serve as one of the processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    tokenizer = load_tokenizer(sys.argv[1])
+    lines: SimpleQueue[str] = SimpleQueue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)  # at once: another call may be about to write the same shard
 
     def tell(**answer: Any) -> None:
-        print(json.dumps(answer), flush=True)
-
-    for line in sys.stdin:
         try:
-            tell(shard=encode_shard(tokenizer, json.loads(line), lambda done: tell(characters=done)))
+            print(json.dumps(answer), flush=True)
+        except BrokenPipeError:
+            os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    tokenizer = load_tokenizer(sys.argv[1])
+    while True:
+        job = json.loads(lines.get())
+        try:
+            tell(shard=encode_shard(tokenizer, job, lambda done: tell(characters=done)))
         except UserError as error:
             tell(mistake=str(error))
         except OSError as error:
