@@ -32,7 +32,8 @@ from quire.tokenizers.tokenizer import Unknown
 PROCESSES = 8  # at most: each takes some 60 MB
 STEP = 1 << 22  # characters between two notes of progress
 
-Job = dict[str, Any]  # text, index, first, last: the documents; begin, end: the span; folder, name: of the shard
+# text, index, first, last: the documents; begin, end: the span; folder, name: of the shard; unknown: as for encoding
+Job = dict[str, Any]
 OnText = Callable[[int], object]  # told of characters encoded since it was last told
 
 
@@ -50,20 +51,23 @@ def stream(
 def encode_shard(tokenizer: Tokenizer, job: Job, on_text: OnText) -> Shard:
     """Write the shard of a span of text: NAME.bin and NAME.starts; gives its entry in the index."""
     documents = Documents(Path(job["text"]), Path(job["index"]), job["first"], job["last"])
+    unknown: Unknown = job["unknown"]
     path, kind = Path(job["folder"]) / job["name"], token_type(tokenizer.vocabulary_size)
     separator = np.array([tokenizer.separator], dtype=kind)
     starts: array[int] = array("q")
-    tokens = checksum = 0
+    tokens = size = checksum = 0
 
     def write(new: Path) -> None:
-        nonlocal tokens, checksum
+        nonlocal tokens, size, checksum
         with open(new, "wb") as file:
             told = 0
             for begins, text in documents.pieces(tuple(job["begin"]), tuple(job["end"])):
                 parts = [separator] if begins else []
                 if begins:
                     starts.append(tokens)
-                parts.append(tokenizer.encode_array(text).astype(kind))
+                ids = tokenizer.encode_array(text, unknown)
+                size += len((text if unknown == "error" else tokenizer.decode(ids)).encode())
+                parts.append(ids.astype(kind))
                 for part in parts:
                     file.write(data := part.tobytes())
                     checksum = zlib.crc32(data, checksum)
@@ -81,6 +85,7 @@ def encode_shard(tokenizer: Tokenizer, job: Job, on_text: OnText) -> Shard:
         "name": job["name"],
         "tokens": tokens,
         "documents": len(starts),
+        "bytes": size,
         "crc32": {".bin": f"{checksum:08x}", ".starts": files.crc32(places)},
         "text": [list(job["begin"]), list(job["end"])],
     }

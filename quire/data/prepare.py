@@ -23,11 +23,12 @@ from quire.data.spool import Corpus
 from quire.errors import UserError
 from quire.progress import Update, bar
 from quire.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
+from quire.tokenizers.tokenizer import Unknown
 
 HELD_OUT_CHARACTERS = 256_000  # at most, by default
 HELD_OUT_SHARE = 0.1
 WHOLE_DOCUMENTS = 20  # from this many on, whole documents are held out
-FORMAT = 4  # of what is kept in the cache; another one is another name there
+FORMAT = 5  # of what is kept in the cache; another one is another name there
 FEWEST_HELD_OUT = 50  # tokens; a loss over fewer says little
 
 
@@ -88,24 +89,28 @@ def split(documents: Documents) -> tuple[Documents, Documents, str]:
 
 
 def prepare(
-    corpus: Corpus, tokenizer_name: str, validation: Corpus | None = None, vocabulary_size: int = 0
+    corpus: Corpus,
+    wanted: str | Tokenizer,
+    validation: Corpus | None = None,
+    vocabulary_size: int = 0,
+    unknown: Unknown = "error",
 ) -> Prepared:
     """Split, fit the tokenizer and encode; done once for each content and tokenizer (kept in the cache).
 
-    `tokenizer_name` is a kind in TOKENIZERS, or the path of a tokenizer to use as it is. A call that was killed is
-    gone on with: finished shards are not done again.
+    `wanted` is a kind in TOKENIZERS to fit, or a tokenizer, or its path or name, to use as it is; `unknown` says what
+    becomes of characters that such a one lacks. A call that was killed is gone on with: finished shards are not done
+    again.
     """
-    kind = TOKENIZERS.get(tokenizer_name)
-    ready = None if kind else load_tokenizer(tokenizer_name)
+    ready = wanted if isinstance(wanted, Tokenizer) else None if wanted in TOKENIZERS else load_tokenizer(wanted)
     if validation is None:
         training, held_out, how = split(corpus.documents)
     else:
         training, held_out, how = corpus.documents, validation.documents, "the validation text"
     _check_sizes(training, held_out, named=validation is not None)
     content = [FORMAT, corpus.digest, validation and validation.digest]
-    tokenizer = ready or fitted(tokenizer_name, vocabulary_size, training, held_out, content)
+    tokenizer = ready or fitted(str(wanted), vocabulary_size, training, held_out, content)
     spelled = {"kind": tokenizer.kind, **tokenizer.to_table()}
-    key = _key([*content, spelled])
+    key = _key([*content, spelled, unknown])
     folder = files.cache_folder() / "tokens" / key
     with files.locked(folder.with_name(f"{key}.lock")):
         index = _whole(folder)
@@ -116,7 +121,7 @@ def prepare(
                 "training_documents": len(training),
             }
             head = {"format": FORMAT, "content": _key(content), "tokenizer": _key(spelled), "report": about}
-            index = _encode(folder, head, tokenizer, (training, held_out))
+            index = _encode(folder, head, tokenizer, (training, held_out), unknown)
     streams = [shards.opened(folder, index[name], index["dtype"]) for name in STREAMS]
     report = index["report"]
     found = Prepared(tokenizer, streams[0], streams[1], report["validation_bytes"], report)
@@ -154,7 +159,9 @@ def _counted(texts: Iterable[str], total: int, show: Update) -> Iterator[str]:
         show(done / total, megabytes=f"{done / 1e6:.1f}")
 
 
-def _encode(folder: Path, head: dict[str, Any], tokenizer: Tokenizer, parts: tuple[Documents, Documents]) -> Any:
+def _encode(
+    folder: Path, head: dict[str, Any], tokenizer: Tokenizer, parts: tuple[Documents, Documents], unknown: Unknown
+) -> Any:
     """Write the shards that are not there yet, and then the index."""
     saved = folder / "tokenizer.json"
     there = shards.finished(folder)
@@ -163,7 +170,7 @@ def _encode(folder: Path, head: dict[str, Any], tokenizer: Tokenizer, parts: tup
     jobs: list[Job] = []
     for name, documents in zip(STREAMS, parts, strict=True):
         where: Job = {"text": str(documents.text), "index": str(documents.index), "folder": str(folder)}
-        where |= {"first": documents.first, "last": documents.last}
+        where |= {"first": documents.first, "last": documents.last, "unknown": unknown}
         for number, (begin, end) in enumerate(shards.plan(documents, shards.SHARD)):
             jobs.append({**where, "name": f"{name}-{number:05}", "begin": list(begin), "end": list(end)})
     waiting = [job for job in jobs if there.get(job["name"], {}).get("text") != [job["begin"], job["end"]]]
@@ -184,16 +191,16 @@ def _encode(folder: Path, head: dict[str, Any], tokenizer: Tokenizer, parts: tup
 
     with bar("encoding") as show:
         encode_shards(tokenizer, saved, waiting, on_text, on_shard)
-    (_, characters, _), (size, aside, _) = (part.sizes for part in parts)
+    (_, characters, _), (_, aside, _) = (part.sizes for part in parts)
+    found = {name: [there[job["name"]] for job in jobs if job["name"].startswith(name)] for name in STREAMS}
     report = head["report"] | {
         "characters": characters + aside,
         "tokens": sum(shard["tokens"] for shard in there.values()),
         "vocabulary": tokenizer.vocabulary_size,
         "tokenizer": tokenizer.kind,
         "held_out": aside / (characters + aside),
-        "validation_bytes": size,
+        "validation_bytes": sum(shard["bytes"] for shard in found[STREAMS[1]]),  # of what is encoded of it
     }
-    found = {name: [there[job["name"]] for job in jobs if job["name"].startswith(name)] for name in STREAMS}
     index = {**head, "report": report, "dtype": token_type(tokenizer.vocabulary_size).str, **found}
     files.write_json(folder / INDEX, index)
     files.remove(folder / FINISHED)

@@ -24,6 +24,7 @@ from quire.data.spool import Corpus, Spool
 from quire.data.token_files import is_text, token_documents
 from quire.errors import UserError, nearest
 from quire.sources import Progress, texts
+from quire.tokenizers.tokenizer import Unknown
 
 _TEXT_SUFFIXES = (  # of what is read inside folders; a file named by hand may have any name
     ".txt .text .md .markdown .rst .org .adoc .tex .log .srt .vtt .csv .tsv .jsonl .json .xml .html .htm .css "
@@ -48,6 +49,7 @@ class DataSettings:
     text_field: str = "text"  # the field of a .jsonl line, .parquet or hf: row that holds its text, a document each
     encoding: str = "utf-8"  # how files are encoded; a byte order mark at a file's beginning overrides it
     encoding_errors: Literal["strict", "replace"] = "strict"  # bytes that are not text: stop, or replace them by U+FFFD
+    unknown: Unknown = "error"  # characters that a given tokenizer lacks: refuse, skip or replace them
 
 
 def read(
@@ -126,7 +128,7 @@ class _Reader:
         """
         if self.is_known(origin["path"]):
             return
-        with self.one_origin(origin):
+        with self.one_origin(origin, "holds no text"):
             ends = (text.replace("\r\n", "\n").replace("\r", "\n") for text in documents)
             self.spool.add_pieces((text, True) for text in ends)
 
@@ -205,13 +207,13 @@ class _Reader:
         return known
 
     @contextmanager
-    def one_origin(self, origin: dict[str, Any]) -> Iterator[None]:
+    def one_origin(self, origin: dict[str, Any], nothing: str = "holds nothing but whitespace") -> Iterator[None]:
         """Within, the text of one origin is read: all of it, or nothing where that fails."""
         name, before = origin["path"], self.spool.tally.copy()
         try:
             yield
             if self.spool.tally.documents == before.documents:
-                raise NotText(shown(name), "holds nothing but whitespace", "Give a text to train on.")
+                raise NotText(shown(name), nothing, "Give a text to train on.")
         except BaseException:
             self.spool.back_to(before)
             raise

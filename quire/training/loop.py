@@ -325,6 +325,19 @@ class Trainer:
             steps = math.ceil(settings.tokens / (per_step * context))
         self.stretch(steps, settings.minutes)
 
+    def measure_start(self) -> None:
+        """Measure weights that come from another run before their first step: the best so far, and a checkpoint."""
+        state, shape = self.state, self.run.settings
+        total, count = total_loss(self.model, self.validation, shape.context_length, shape.vocabulary_size, self.device)
+        state.best_loss = total / count
+        bits = bits_per_byte(total, self.run.manifest["validation"]["bytes"])
+        line = {"step": 0, "tokens": 0, "seconds": round(time.time() - self.began, 3), "train_loss": None}
+        line |= {"validation_loss": state.best_loss, "validation_bits_per_byte": bits, "tokens_per_second": None}
+        self.append("metrics.jsonl", json.dumps(line))
+        say(f"Before training: {state.best_loss:.4f} nats per token, {bits:.4f} bits per byte on the held-out text.")
+        self.save("best")
+        self.save("last")
+
     def stretch(self, steps: int, minutes: float) -> None:
         """Begin a stretch of so many steps, or of so much time."""
         state = self.state

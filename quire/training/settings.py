@@ -24,7 +24,7 @@ class TrainingSettings:
     epochs: float = 0.0  # length: passes over the training text
     tokens: int = 0  # length: tokens trained on
     minutes: float = 0.0  # length: wall time from the command's start to its exit
-    tokenizer: str = "character"  # a kind of tokenizer to fit, or the path of one to use as it is
+    tokenizer: str = "character"  # a kind to fit, auto, or a tokenizer to use as it is: a path, or the name gpt2
     vocabulary_size: int = 0  # tokens of a tokenizer that is fitted; 0: as its kind sees fit
     batch_size: int = 12  # windows of the context length taken at once
     accumulation_steps: int = 1  # batches whose gradients are added up for one optimizer step

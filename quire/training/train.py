@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from quire.devices import choose_device, set_threads, unused_card
 from quire.errors import UserError
 from quire.progress import bar, say
 from quire.run import Run, refuse_existing
+from quire.tokenizers.auto import choose_for
 from quire.training.clock import read_decisions
 from quire.training.curriculum import Curriculum
 from quire.training.loop import Trainer
@@ -33,6 +34,7 @@ from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered
 from quire.training.verify import first_difference
 
 DEFAULT_CORPUS = "shakespeare"
+AUTO = "auto"  # the tokenizer that suits the text
 STANDARD_INPUT = "standard-input.txt"  # where a run keeps text that came by a pipe
 SHORTEST_CONTEXT = 8
 VERIFIED_STEPS = 6
@@ -77,23 +79,37 @@ def train_run(settings: Settings, path: Path | None = None, began: float | None 
     settings = replace(settings, data=replace(settings.data, text=texts))
     device, threads = prepare_machine(settings.training)
     settings = replace(settings, training=replace(settings.training, threads=threads))
-    prepared, origins = load_data(settings, piped)
+    settings, prepared, origins = load_data(settings, piped)
     say(f"{', '.join(texts[:3])}: {prepared}")
     settings = fitted(settings, prepared)
     manifest = describe(settings, prepared, origins, device)
     created = Run.create(path, settings.tables(), prepared.tokenizer, manifest, prepared.validation[:], kept)
+    return train_created(created, settings.training, prepared, device, began, Trainer.begin, keep=piped is not None)
+
+
+def train_created(
+    run: Run,
+    training: TrainingSettings,
+    prepared: Prepared,
+    device: torch.device,
+    began: float,
+    begin: Callable[[Trainer], None],
+    keep: bool,
+) -> Run:
+    """Train a run that has just been made; `begin` sets its trainer going. One that fails before its first step is
+    deleted, unless it is to be kept: it may hold the only copy of a text."""
     trainer = None
     try:
-        with training_lock(created):
-            trainer = Trainer(created, settings.training, prepared.training, device, began)
-            trainer.begin()
-            announce(created, trainer)
+        with training_lock(run):
+            trainer = Trainer(run, training, prepared.training, device, began)
+            begin(trainer)
+            announce(run, trainer)
             trainer.fit()
     except (Exception, KeyboardInterrupt):
-        if piped is None and (trainer is None or trainer.state.step == 0):
-            shutil.rmtree(path, ignore_errors=True)  # it holds nothing yet: leave the name free for the next try
+        if not keep and (trainer is None or trainer.state.step == 0):
+            shutil.rmtree(run.path, ignore_errors=True)  # it holds nothing yet: leave the name free for the next try
         raise
-    return created
+    return run
 
 
 def resume(
@@ -197,14 +213,21 @@ def prepare_machine(training: TrainingSettings) -> tuple[torch.device, int]:
     return device, set_threads(training.threads)
 
 
-def load_data(settings: Settings, piped: bytes | None = None) -> tuple[Prepared, list[Table]]:
-    """The prepared text, and where it came from."""
+def load_data(settings: Settings, piped: bytes | None = None) -> tuple[Settings, Prepared, list[Table]]:
+    """The settings with the tokenizer that is taken, the prepared text, and where it came from."""
     corpus, held_out = read_texts(settings, piped)
+    training = settings.training
+    if training.tokenizer == AUTO:
+        choice = choose_for(corpus.documents.sizes[0])
+        size = training.vocabulary_size or choice.vocabulary_size
+        say(f"Tokenizer: {choice.kind}, because {choice.why}.")
+        training = replace(training, tokenizer=choice.kind, vocabulary_size=size)
     try:
-        training = settings.training
-        return prepare(corpus, training.tokenizer, held_out, training.vocabulary_size), corpus.origins
+        unknown = settings.data.unknown
+        prepared = prepare(corpus, training.tokenizer, held_out, training.vocabulary_size, unknown)
     finally:
         corpus.close()
+    return replace(settings, training=training), prepared, corpus.origins
 
 
 def read_texts(
@@ -319,7 +342,7 @@ def find_data(run: Run, settings: Settings, moved: tuple[str, ...]) -> TokenStre
         raise UserError(f"The training text of {run.path} cannot be read: {error} {where}") from error
     try:
         check_same(run, corpus, data.text, where)
-        return prepare(corpus, str(run.path / "tokenizer.json"), held_out).training
+        return prepare(corpus, run.tokenizer, held_out, unknown=settings.data.unknown).training
     finally:
         corpus.close()
 
@@ -332,7 +355,10 @@ def check_same(run: Run, corpus: Corpus, texts: tuple[str, ...], where: str) -> 
             (new["path"] for old, new in zip(before, corpus.origins, strict=False) if old != new["sha256"]),
             texts[0],
         )
-        raise UserError(f"{changed} is not the text that {run.path} began with: its contents differ. {where}")
+        raise UserError(
+            f"{changed} is not the text that {run.path} began with: its contents differ. {where}"
+            f" To train its model on another text: quire finetune {run.path} TEXT --run NEW"
+        )
 
 
 def kept_validation(run: Run, settings: Settings) -> Corpus | None:

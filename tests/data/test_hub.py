@@ -58,7 +58,7 @@ def library(monkeypatch):
 def test_a_dataset_is_a_document_a_row(library, columns):
     library.rows.column_names = columns
     corpus = read(["hf:owner/some.name"], DataSettings())
-    assert corpus.documents == ["one", "zwölf"]
+    assert list(corpus.documents) == ["one", "zwölf"]
     assert corpus.origins == [{"path": "hf:owner/some.name", "sha256": SHA256.hexdigest(), "bytes": 11}]
     options = {"split": "train", "revision": None, "streaming": True}
     assert library.asked == [(("owner/some.name", None), options)]
@@ -77,10 +77,10 @@ def test_the_same_rows_have_the_same_hash_and_others_another(library):
 def test_options_in_the_name(library):
     library.rows = Rows([{"body": "text"}])
     name = "hf:a/b?config=en&split=test[:10]&field=body&revision=v1"
-    assert read([name], DataSettings(text_field="other")).documents == ["text"]
+    assert list(read([name], DataSettings(text_field="other")).documents) == ["text"]
     options = {"split": "test[:10]", "revision": "v1", "streaming": True}
     assert library.asked == [(("a/b", "en"), options)]
-    assert read(["hf:a/b"], DataSettings(text_field="body")).documents == ["text"]
+    assert list(read(["hf:a/b"], DataSettings(text_field="body")).documents) == ["text"]
 
 
 def test_it_streams(library):
@@ -98,7 +98,7 @@ def test_it_streams(library):
 
 def test_openwebtext_is_one_by_name(library):
     corpus = read(["openwebtext"], DataSettings(text_field="other"))
-    assert corpus.documents == ["one", "zwölf"] and corpus.origins[0]["path"] == "openwebtext"
+    assert list(corpus.documents) == ["one", "zwölf"] and corpus.origins[0]["path"] == "openwebtext"
     assert corpus.attributions == [CORPORA["openwebtext"].attribution]
     assert library.asked[0][0] == ("Skylion007/openwebtext", None)
 
@@ -162,9 +162,9 @@ def test_with_the_real_library(offline):
     for split, rows in {"train": ROWS, "test": [{"text": "held out", "id": 5}]}.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     corpus = read(["hf:owner/poems"], DataSettings())
-    assert corpus.documents == ["one", "zwölf"]
+    assert list(corpus.documents) == ["one", "zwölf"]
     assert corpus.origins[0]["sha256"] == SHA256.hexdigest()
-    assert read(["hf:owner/poems?split=test"], DataSettings()).documents == ["held out"]
+    assert list(read(["hf:owner/poems?split=test"], DataSettings()).documents) == ["held out"]
     for name, match in {
         "?split=dev": "dev",
         "?config=fr": "fr",

@@ -39,7 +39,7 @@ def test_there_and_back(arrow, kind):
     column = column.dictionary_encode() if kind == "dictionary" else column.cast(kinds[kind])
     path = written(arrow, "a.PARQUET", row_group_size=700, number=range(len(column)), text=column)
     corpus = read([str(path)], DataSettings())
-    assert corpus.documents == texts
+    assert list(corpus.documents) == texts
     data = path.read_bytes()
     origin = {"path": str(path.absolute()), "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     assert corpus.origins == [origin]
@@ -49,17 +49,17 @@ def test_inside_a_folder_and_from_an_address(arrow, server):
     path = written(arrow, "folder/deep/b.parquet", body=["two", "three"])
     Path("folder/a.txt").write_text("one")
     settings = DataSettings(text_field="body")
-    assert read(["folder"], settings).documents == ["one", "two", "three"]
-    assert read(["**/*.parquet"], settings).documents == ["two", "three"]
+    assert list(read(["folder"], settings).documents) == ["one", "two", "three"]
+    assert list(read(["**/*.parquet"], settings).documents) == ["two", "three"]
     server.serve("/c.parquet?raw=1", path.read_bytes())
     corpus = read([server.address + "/c.parquet?raw=1"], settings)
-    assert corpus.documents == ["two", "three"] and corpus.origins[0]["bytes"] == path.stat().st_size
+    assert list(corpus.documents) == ["two", "three"] and corpus.origins[0]["bytes"] == path.stat().st_size
 
 
 def test_named_twice(arrow):
     written(arrow, "a.parquet", text=["one"])
     corpus = read(["a.parquet", "a.parquet"], DataSettings())
-    assert corpus.documents == ["one"] and [why for _, why in corpus.skipped] == ["was named twice"]
+    assert list(corpus.documents) == ["one"] and [why for _, why in corpus.skipped] == ["was named twice"]
 
 
 def test_mistakes(arrow):

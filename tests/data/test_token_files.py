@@ -35,7 +35,7 @@ def written(*ids: int) -> str:
 
 def test_a_document_between_the_marks():
     corpus = read([written(50256, 5, 300, 50256, 40000, 50256, 50256, 7)], DataSettings())
-    assert corpus.documents == ["id5 id300 ", "id40000 ", "id7 "]
+    assert list(corpus.documents) == ["id5 id300 ", "id40000 ", "id7 "]
     assert corpus.origins[0]["path"] == str(Path("train.bin").absolute()) and corpus.origins[0]["bytes"] == 16
 
 
@@ -68,12 +68,12 @@ def test_files_that_are_no_tokens(data, match):
 def test_a_text_by_the_name_of_bin_is_a_text():
     text = "Not tokens but 森 words.\n" * 9_000  # a character is cut where the first look at it ends
     Path("train.bin").write_text(text, newline="\n")
-    assert read(["train.bin"], DataSettings()).documents == [text]
+    assert list(read(["train.bin"], DataSettings()).documents) == [text]
 
 
 def test_from_an_address_but_not_inside_folders(server, tmp_path):
     server.serve("/val.bin", Path(written(5, 300)).read_bytes())
-    assert read([server.address + "/val.bin"], DataSettings()).documents == ["id5 id300 "]
+    assert list(read([server.address + "/val.bin"], DataSettings()).documents) == ["id5 id300 "]
     with pytest.raises(UserError, match=r"holds no text.*not named like a text"):
         Path("folder").mkdir()
         Path("train.bin").rename("folder/train.bin")

@@ -1,0 +1,152 @@
+"""Fine-tuning: the weights of a run, trained on other text in a new run.
+
+Only the weights are taken, with the tokenizer that they belong to. Optimizer, schedule and data begin anew, at a
+gentler learning rate. The model is measured on the new held-out text before its first step: that is the line of step 0
+in metrics.jsonl, and the first `best` checkpoint, so that a fine-tuning never ends worse than it began.
+"""
+
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from quire import checkpoint
+from quire.config import Table, merged
+from quire.data.prepare import prepare
+from quire.data.spool import Corpus
+from quire.errors import UserError, choose
+from quire.progress import say
+from quire.run import Run, refuse_existing
+from quire.tokenizers import Tokenizer
+from quire.tokenizers.tokenizer import BytesTokenizer
+from quire.training.loop import Trainer
+from quire.training.settings import LENGTHS, Settings, typed
+from quire.training.train import describe, free_path, prepare_machine, read_texts, train_created
+
+GENTLER = 0.25  # of the run's own learning rates
+Policy = Literal["error", "skip", "replace", "grow"]
+POLICIES: tuple[Policy, ...] = ("error", "skip", "replace", "grow")
+
+
+def finetune(
+    base: Run | str | Path,
+    *texts: str,
+    run: str | Path | None = None,
+    unknown: Policy = "error",
+    data: Table | None = None,
+    **training: Any,
+) -> Run:
+    """Train the model of the run `base` on `texts`, in a new run.
+
+    What its vocabulary lacks is an error, is left out ("skip"), gets a stand-in ("replace"), or becomes new tokens
+    ("grow") whose rows of weights begin as the mean of all. `data` and the other keywords are fields of DataSettings
+    and TrainingSettings: `quire.finetune("runs/book", "letters.txt", minutes=2)`.
+    """
+    base = base if isinstance(base, Run) else Run(base)
+    flags = {"data": {**(data or {}), "text": list(texts)}, "training": training}
+    settings = typed(merged(inherited(base), flags))
+    return finetune_run(base, settings, unknown, Path(run) if run is not None else None)
+
+
+def inherited(base: Run) -> Table:
+    """The settings that a fine-tuning starts from: the run's own, without its text and its length, and gentler."""
+    table = {name: dict(part) for name, part in base.config.items()}
+    training = table.setdefault("training", {})
+    training |= {**dict.fromkeys(LENGTHS, 0), "decisions": "", "curriculum": [], "tokenizer": str(base.path)}
+    for name in ("learning_rate", "matrix_learning_rate"):
+        if name in training:
+            training[name] *= GENTLER
+    table.setdefault("data", {}).update(text=[], validation="", unknown="error")
+    return table
+
+
+def finetune_run(
+    base: Run, settings: Settings, unknown: Policy = "error", path: Path | None = None, began: float | None = None
+) -> Run:
+    """Fine-tune with finished settings; `began` is time.time() at the command's start, for --minutes."""
+    began = began or time.time()
+    choose("--unknown", unknown, list(POLICIES))
+    texts, further = settings.data.text, f"quire resume {base.path} --minutes 5"
+    if not texts:
+        raise UserError(f"Name the TEXT to fine-tune on. To train further on the run's own text: {further}")
+    if "-" in texts:
+        raise UserError("Fine-tuning reads no standard input. Write the text to a file, and name that.")
+    if not any(getattr(settings.training, name) for name in LENGTHS):
+        raise UserError("Say how long to train: --minutes M, --steps N, --epochs N or --tokens N.")
+    path = path or free_path(texts[0])
+    refuse_existing(path)
+    device, threads = prepare_machine(settings.training)
+    weights = weights_of(base)
+    corpus, held_out = read_texts(settings)
+    try:
+        if [origin["sha256"] for origin in corpus.origins] == [origin["sha256"] for origin in base.manifest["data"]]:
+            raise UserError(f"That is the text {base.path} was trained on. To train on it further: {further}")
+        tokenizer = vocabulary_for(base.tokenizer, corpus, held_out, unknown)
+        policy = unknown if unknown in ("skip", "replace") else "error"
+        prepared = prepare(corpus, tokenizer, held_out, unknown=policy)
+    finally:
+        corpus.close()
+    say(f"{', '.join(texts[:3])}: {prepared}")
+    settings = Settings(
+        replace(settings.data, unknown=policy),
+        replace(base.settings, vocabulary_size=tokenizer.vocabulary_size),
+        replace(settings.training, threads=threads),
+    )
+    manifest = describe(settings, prepared, corpus.origins, device)
+    manifest |= {"finetuned_from": str(base.path), "separators": manifest["separators"] + base.manifest["separators"]}
+    created = Run.create(path, settings.tables(), tokenizer, manifest, prepared.validation[:], {})
+
+    def begin(trainer: Trainer) -> None:
+        put_weights(trainer.model, weights, base.settings.vocabulary_size)
+        trainer.begin()
+        trainer.measure_start()
+
+    return train_created(created, settings.training, prepared, device, began, begin, keep=False)
+
+
+def vocabulary_for(tokenizer: Tokenizer, corpus: Corpus, held_out: Corpus | None, unknown: Policy) -> Tokenizer:
+    """The run's tokenizer, grown where that was asked for; says how much of the text it knows."""
+    parts = [corpus.documents, *([held_out.documents] if held_out is not None else [])]
+    new: Counter[str] = Counter()
+    for part in parts:
+        for text in part.texts():
+            new.update(tokenizer.unknown(text))
+    characters = sum(part.sizes[1] for part in parts)
+    missing = sum(len(piece) * count for piece, count in new.items())
+    if not new:
+        say("All of the new text is in the run's vocabulary.")
+        return tokenizer
+    shown = ", ".join(f"{piece!r} ({count:,})" for piece, count in new.most_common(5))
+    share = f"{1 - missing / max(1, characters):.2%} of the new text is in the run's vocabulary"
+    share += f"; it lacks {len(new):,}: {shown}{', ...' if len(new) > 5 else ''}."
+    if unknown == "error" and not isinstance(tokenizer, BytesTokenizer):  # which spell what they lack by its bytes
+        raise UserError(f"{share} Say --unknown grow to learn them, skip to leave them out, or replace.")
+    say(share)
+    if unknown != "grow":
+        return tokenizer
+    grown = tokenizer.grown(piece for piece, count in new.items() if count > 1 or len(piece) == 1)
+    say(f"The vocabulary grows from {tokenizer.vocabulary_size:,} to {grown.vocabulary_size:,} tokens.")
+    return grown
+
+
+def weights_of(base: Run) -> dict[str, Tensor]:
+    """The weights of a run's best checkpoint, or of its last where there is no best yet."""
+    folder = base.folder("best") if checkpoint.exists(base.folder("best")) else base.folder("last")
+    if not checkpoint.exists(folder):
+        raise UserError(f"{base.path} has no checkpoint yet. Train it first: quire resume {base.path}")
+    return checkpoint.load(folder, training=False).model
+
+
+def put_weights(model: Any, weights: dict[str, Tensor], known: int) -> None:
+    """Copy `weights` into the model; the rows of tokens beyond the first `known` become the mean of those."""
+    own = checkpoint.model_tensors(model)
+    grown = {}
+    for name, tensor in weights.items():
+        more = own[name].shape[0] - known if tensor.dim() and len(tensor) == known else 0
+        mean = tensor.mean(0, keepdim=True).expand(more, *tensor.shape[1:])
+        grown[name] = torch.cat((tensor, mean)) if more else tensor
+    checkpoint.load_model_tensors(model, grown, "The run to fine-tune")
