@@ -24,6 +24,7 @@ _FACE = {
     "UserError": "quire.errors",
     "train": "quire.training.train",
     "resume": "quire.training.train",
+    "finetune": "quire.training.finetune",
     "generate": "quire.generation.generate",
     "evaluate": "quire.evaluation.evaluate",
     "load_tokenizer": "quire.tokenizers",

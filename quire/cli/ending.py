@@ -19,9 +19,13 @@ def show_ending(run: Run, as_json: bool) -> int:
     best, last = min(evaluated, key=lambda row: row["validation_loss"]), metrics[-1]
     loss, bits = best["validation_loss"], best["validation_bits_per_byte"]
     seconds = last["seconds"]
+    before = {}  # of a fine-tuning: the model that it began with, on the same text
+    if "finetuned_from" in run.manifest:
+        before = {"before": {"validation_loss": evaluated[0]["validation_loss"],
+                             "bits_per_byte": evaluated[0]["validation_bits_per_byte"]}}  # fmt: skip
     if as_json:
         figures = {"run": str(run.path), "steps": last["step"], "tokens": last["tokens"], "seconds": seconds}
-        print_json({**figures, "validation_loss": loss, "bits_per_byte": bits})
+        print_json({**figures, "validation_loss": loss, "bits_per_byte": bits, **before})
         return 0
     sample = Writer(run).write([""], GenerationSettings(tokens=SAMPLE_TOKENS, temperature=0.8))[0].text
     say(f"\nThe model writes:\n\n{sample}\n")
@@ -29,6 +33,9 @@ def show_ending(run: Run, as_json: bool) -> int:
     say(f"Trained {last['step']:,} steps on {last['tokens']:,} tokens in {seconds:.0f} s, at {rate:,.0f} tokens/s.")
     say(f"Validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte (best, at step {best['step']}).", "bold")
     name, path = program(), shlex.quote(str(run.path))
+    if before:
+        was = before["before"]["bits_per_byte"]
+        say(f"Before fine-tuning {run.manifest['finetuned_from']}: {was:.4f} bits per byte on the same text.", "bold")
     epochs = last["tokens"] / max(1, run.manifest["report"]["tokens"] - run.manifest["validation"]["tokens"])
     say(verdict(metrics, epochs, f"{name} resume {path}"))
     say(f"Loss plot: {run.path / 'loss.png'}\n")

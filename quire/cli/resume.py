@@ -33,6 +33,11 @@ class Arguments:
 
 def run(words: list[str]) -> int:
     """Resume, continue or verify."""
+    if len(words) > 1 and not words[1].startswith("-"):
+        raise UserError(
+            f"A run resumes on its own text. To train its model on {words[1]}: quire finetune {words[0]} {words[1]}"
+            " --run NEW; to say where its own text is now: --data PATH."
+        )
     given = parse(Arguments, words, "resume")
     if given.verify:
         return show_proof(given)

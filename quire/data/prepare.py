@@ -20,6 +20,7 @@ from quire.data.documents import BYTES, CHARACTERS, START, Documents
 from quire.data.encode import Job, encode_shards
 from quire.data.shards import FINISHED, INDEX, STREAMS, Shard, TokenStream, token_type
 from quire.data.spool import Corpus
+from quire.data.vocabulary import Policy
 from quire.errors import UserError
 from quire.progress import Update, bar
 from quire.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
@@ -93,7 +94,7 @@ def prepare(
     wanted: str | Tokenizer,
     validation: Corpus | None = None,
     vocabulary_size: int = 0,
-    unknown: Unknown = "error",
+    unknown: Policy = "error",
 ) -> Prepared:
     """Split, fit the tokenizer and encode; done once for each content and tokenizer (kept in the cache).
 
@@ -110,7 +111,8 @@ def prepare(
     content = [FORMAT, corpus.digest, validation and validation.digest]
     tokenizer = ready or fitted(str(wanted), vocabulary_size, training, held_out, content)
     spelled = {"kind": tokenizer.kind, **tokenizer.to_table()}
-    key = _key([*content, spelled, unknown])
+    policy: Unknown = "error" if unknown == "grow" else unknown  # it has grown
+    key = _key([*content, spelled, policy])
     folder = files.cache_folder() / "tokens" / key
     with files.locked(folder.with_name(f"{key}.lock")):
         index = _whole(folder)
@@ -121,7 +123,7 @@ def prepare(
                 "training_documents": len(training),
             }
             head = {"format": FORMAT, "content": _key(content), "tokenizer": _key(spelled), "report": about}
-            index = _encode(folder, head, tokenizer, (training, held_out), unknown)
+            index = _encode(folder, head, tokenizer, (training, held_out), policy)
     streams = [shards.opened(folder, index[name], index["dtype"]) for name in STREAMS]
     report = index["report"]
     found = Prepared(tokenizer, streams[0], streams[1], report["validation_bytes"], report)

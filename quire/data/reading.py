@@ -22,9 +22,9 @@ from quire.data.parquet import parquet_documents
 from quire.data.splitting import check_kind, records, split
 from quire.data.spool import Corpus, Spool
 from quire.data.token_files import is_text, token_documents
+from quire.data.vocabulary import Policy
 from quire.errors import UserError, nearest
 from quire.sources import Progress, texts
-from quire.tokenizers.tokenizer import Unknown
 
 _TEXT_SUFFIXES = (  # of what is read inside folders; a file named by hand may have any name
     ".txt .text .md .markdown .rst .org .adoc .tex .log .srt .vtt .csv .tsv .jsonl .json .xml .html .htm .css "
@@ -49,7 +49,7 @@ class DataSettings:
     text_field: str = "text"  # the field of a .jsonl line, .parquet or hf: row that holds its text, a document each
     encoding: str = "utf-8"  # how files are encoded; a byte order mark at a file's beginning overrides it
     encoding_errors: Literal["strict", "replace"] = "strict"  # bytes that are not text: stop, or replace them by U+FFFD
-    unknown: Unknown = "error"  # characters that a given tokenizer lacks: refuse, skip or replace them
+    unknown: Policy = "error"  # what a given tokenizer lacks: refuse, skip, replace, or grow its vocabulary by it
 
 
 def read(

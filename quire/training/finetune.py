@@ -6,10 +6,9 @@ in metrics.jsonl, and the first `best` checkpoint, so that a fine-tuning never e
 """
 
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +16,15 @@ from torch import Tensor
 from quire import checkpoint
 from quire.config import Table, merged
 from quire.data.prepare import prepare
-from quire.data.spool import Corpus
-from quire.errors import UserError, choose
+from quire.data.vocabulary import Policy, adapted
+from quire.errors import UserError
 from quire.progress import say
 from quire.run import Run, refuse_existing
-from quire.tokenizers import Tokenizer
-from quire.tokenizers.tokenizer import BytesTokenizer
 from quire.training.loop import Trainer
 from quire.training.settings import LENGTHS, Settings, typed
 from quire.training.train import describe, free_path, prepare_machine, read_texts, train_created
 
 GENTLER = 0.25  # of the run's own learning rates
-Policy = Literal["error", "skip", "replace", "grow"]
-POLICIES: tuple[Policy, ...] = ("error", "skip", "replace", "grow")
 
 
 def finetune(
@@ -47,9 +42,9 @@ def finetune(
     and TrainingSettings: `quire.finetune("runs/book", "letters.txt", minutes=2)`.
     """
     base = base if isinstance(base, Run) else Run(base)
-    flags = {"data": {**(data or {}), "text": list(texts)}, "training": training}
+    flags = {"data": {**(data or {}), "text": list(texts), "unknown": unknown}, "training": training}
     settings = typed(merged(inherited(base), flags))
-    return finetune_run(base, settings, unknown, Path(run) if run is not None else None)
+    return finetune_run(base, settings, Path(run) if run is not None else None)
 
 
 def inherited(base: Run) -> Table:
@@ -64,12 +59,9 @@ def inherited(base: Run) -> Table:
     return table
 
 
-def finetune_run(
-    base: Run, settings: Settings, unknown: Policy = "error", path: Path | None = None, began: float | None = None
-) -> Run:
+def finetune_run(base: Run, settings: Settings, path: Path | None = None, began: float | None = None) -> Run:
     """Fine-tune with finished settings; `began` is time.time() at the command's start, for --minutes."""
     began = began or time.time()
-    choose("--unknown", unknown, list(POLICIES))
     texts, further = settings.data.text, f"quire resume {base.path} --minutes 5"
     if not texts:
         raise UserError(f"Name the TEXT to fine-tune on. To train further on the run's own text: {further}")
@@ -77,6 +69,8 @@ def finetune_run(
         raise UserError("Fine-tuning reads no standard input. Write the text to a file, and name that.")
     if not any(getattr(settings.training, name) for name in LENGTHS):
         raise UserError("Say how long to train: --minutes M, --steps N, --epochs N or --tokens N.")
+    if settings.training.tokenizer != str(base.path):
+        raise UserError("Fine-tuning keeps the run's own tokenizer: leave --tokenizer out.")
     path = path or free_path(texts[0])
     refuse_existing(path)
     device, threads = prepare_machine(settings.training)
@@ -85,14 +79,13 @@ def finetune_run(
     try:
         if [origin["sha256"] for origin in corpus.origins] == [origin["sha256"] for origin in base.manifest["data"]]:
             raise UserError(f"That is the text {base.path} was trained on. To train on it further: {further}")
-        tokenizer = vocabulary_for(base.tokenizer, corpus, held_out, unknown)
-        policy = unknown if unknown in ("skip", "replace") else "error"
-        prepared = prepare(corpus, tokenizer, held_out, unknown=policy)
+        tokenizer = adapted(base.tokenizer, corpus, held_out, settings.data.unknown)
+        prepared = prepare(corpus, tokenizer, held_out, unknown=settings.data.unknown)
     finally:
         corpus.close()
     say(f"{', '.join(texts[:3])}: {prepared}")
     settings = Settings(
-        replace(settings.data, unknown=policy),
+        settings.data,
         replace(base.settings, vocabulary_size=tokenizer.vocabulary_size),
         replace(settings.training, threads=threads),
     )
@@ -106,31 +99,6 @@ def finetune_run(
         trainer.measure_start()
 
     return train_created(created, settings.training, prepared, device, began, begin, keep=False)
-
-
-def vocabulary_for(tokenizer: Tokenizer, corpus: Corpus, held_out: Corpus | None, unknown: Policy) -> Tokenizer:
-    """The run's tokenizer, grown where that was asked for; says how much of the text it knows."""
-    parts = [corpus.documents, *([held_out.documents] if held_out is not None else [])]
-    new: Counter[str] = Counter()
-    for part in parts:
-        for text in part.texts():
-            new.update(tokenizer.unknown(text))
-    characters = sum(part.sizes[1] for part in parts)
-    missing = sum(len(piece) * count for piece, count in new.items())
-    if not new:
-        say("All of the new text is in the run's vocabulary.")
-        return tokenizer
-    shown = ", ".join(f"{piece!r} ({count:,})" for piece, count in new.most_common(5))
-    share = f"{1 - missing / max(1, characters):.2%} of the new text is in the run's vocabulary"
-    share += f"; it lacks {len(new):,}: {shown}{', ...' if len(new) > 5 else ''}."
-    if unknown == "error" and not isinstance(tokenizer, BytesTokenizer):  # which spell what they lack by its bytes
-        raise UserError(f"{share} Say --unknown grow to learn them, skip to leave them out, or replace.")
-    say(share)
-    if unknown != "grow":
-        return tokenizer
-    grown = tokenizer.grown(piece for piece, count in new.items() if count > 1 or len(piece) == 1)
-    say(f"The vocabulary grows from {tokenizer.vocabulary_size:,} to {grown.vocabulary_size:,} tokens.")
-    return grown
 
 
 def weights_of(base: Run) -> dict[str, Tensor]:

@@ -22,10 +22,12 @@ from quire.data.prepare import Prepared, prepare
 from quire.data.reading import DataSettings, read
 from quire.data.shards import TokenStream
 from quire.data.spool import Corpus
+from quire.data.vocabulary import adapted
 from quire.devices import choose_device, set_threads, unused_card
 from quire.errors import UserError
 from quire.progress import bar, say
 from quire.run import Run, refuse_existing
+from quire.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
 from quire.tokenizers.auto import choose_for
 from quire.training.clock import read_decisions
 from quire.training.curriculum import Curriculum
@@ -222,9 +224,11 @@ def load_data(settings: Settings, piped: bytes | None = None) -> tuple[Settings,
         size = training.vocabulary_size or choice.vocabulary_size
         say(f"Tokenizer: {choice.kind}, because {choice.why}.")
         training = replace(training, tokenizer=choice.kind, vocabulary_size=size)
+    wanted: str | Tokenizer = training.tokenizer
     try:
-        unknown = settings.data.unknown
-        prepared = prepare(corpus, training.tokenizer, held_out, training.vocabulary_size, unknown)
+        if training.tokenizer not in TOKENIZERS:
+            wanted = adapted(load_tokenizer(training.tokenizer), corpus, held_out, settings.data.unknown)
+        prepared = prepare(corpus, wanted, held_out, training.vocabulary_size, settings.data.unknown)
     finally:
         corpus.close()
     return replace(settings, training=training), prepared, corpus.origins
