@@ -49,7 +49,7 @@ def _stream(
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"Reading {text} needs the library datasets: pip install 'quire[datasets]'") from error
+        raise UserError(f"Reading {text} needs the library datasets: pip install datasets") from error
     digest, size, told = hashlib.sha256(), 0, 0
     for row in _rows(datasets, text, name, options, field):
         if field not in row:

@@ -17,7 +17,7 @@ def parquet_documents(name: str, path: Path, column: str) -> Iterator[str]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"Reading {name} needs pyarrow: pip install 'quire[datasets]'") from error
+        raise UserError(f"Reading {name} needs pyarrow: pip install pyarrow") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow

@@ -11,6 +11,7 @@ from quire.tokenizers import load_tokenizer
 
 END_OF_TEXT = 50256  # the largest id, too
 BLOCK = 1 << 20  # ids read at once
+_REMEDY = "A .bin file is read as GPT-2's tokens, as nanoGPT writes them (uint16); name the text itself instead."
 _CONTROL = frozenset(range(32)) - {9, 10, 12, 13}
 
 
@@ -30,24 +31,28 @@ def token_documents(name: str, path: Path) -> Iterator[str]:
 
     Raises UserError where the file cannot be one.
     """
-    remedy = "A .bin file is read as GPT-2's tokens, as nanoGPT writes them (uint16); name the text itself instead."
     if path.stat().st_size % 2:
-        raise UserError(f"{name} has an odd number of bytes, so it holds no tokens of two bytes each. {remedy}")
+        raise UserError(f"{name} has an odd number of bytes, so it holds no tokens of two bytes each. {_REMEDY}")
     ids = np.memmap(path, dtype="<u2", mode="r")
-    if ids[:BLOCK].max() < 256:
-        raise UserError(f"{name} holds no id above 255, so its tokens are not GPT-2's but perhaps characters. {remedy}")
+    _check_range(name, beginning := ids[:BLOCK])
+    if beginning.max() < 256:
+        raise UserError(f"{name} holds no id above 255: its tokens are not GPT-2's but perhaps characters. {_REMEDY}")
     tokenizer = load_tokenizer("gpt2")
     document: list[np.ndarray] = []
     for start in range(0, len(ids), BLOCK):
         block = np.asarray(ids[start : start + BLOCK], dtype=np.int32)
-        if (largest := int(block.max())) > END_OF_TEXT:
-            raise UserError(f"{name} holds the id {largest}, which GPT-2 does not have. {remedy}")
+        _check_range(name, block)
         *ended, rest = np.split(block, np.flatnonzero(block == END_OF_TEXT))
         for part in ended:
             yield tokenizer.decode(_without_mark(np.concatenate([*document, part])))
             document = []
         document.append(rest)
     yield tokenizer.decode(_without_mark(np.concatenate(document)))
+
+
+def _check_range(name: str, ids: np.ndarray) -> None:
+    if (largest := int(ids.max())) > END_OF_TEXT:
+        raise UserError(f"{name} holds the id {largest}, which GPT-2 does not have. {_REMEDY}")
 
 
 def _without_mark(document: np.ndarray) -> np.ndarray:

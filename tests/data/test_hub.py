@@ -130,7 +130,7 @@ def test_what_cannot_be_had(library, name, rows, match):
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"hf:a/b needs the library datasets: pip install 'quire\[datasets\]'"):
+    with pytest.raises(UserError, match=r"hf:a/b needs the library datasets: pip install datasets"):
         read(["hf:a/b"], DataSettings())
 
 

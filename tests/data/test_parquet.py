@@ -94,5 +94,5 @@ def test_mistakes(arrow):
 def test_without_the_library(monkeypatch):
     Path("a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"Reading .*a\.parquet needs pyarrow: pip install 'quire\[datasets\]'"):
+    with pytest.raises(UserError, match=r"Reading .*a\.parquet needs pyarrow: pip install pyarrow"):
         read(["a.parquet"], DataSettings())

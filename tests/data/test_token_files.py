@@ -54,7 +54,7 @@ def test_however_the_blocks_fall(monkeypatch, documents, block):
         (b"\x01\x00\xff", "odd number of bytes"),
         (np.array([5, 50257], dtype="<u2").tobytes(), "holds the id 50257, which GPT-2 does not have"),
         (np.array([20240520, 1, 3], dtype="<i4").tobytes(), "holds the id 55432"),  # the header that llm.c writes
-        (np.arange(65, dtype="<u2").tobytes(), "no id above 255, so its tokens are not GPT-2's but perhaps characters"),
+        (np.arange(65, dtype="<u2").tobytes(), "no id above 255: its tokens are not GPT-2's but perhaps characters"),
         (np.full(9, 50256, dtype="<u2").tobytes(), "holds no text"),
         (b"", "is empty"),
     ],
