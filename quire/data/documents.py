@@ -97,25 +97,28 @@ class Documents:
         """All the text, in strings that end at a `cut_place` or with a document."""
         return (text for _, text in self.pieces())
 
-    def cut_before(self, document: int, byte: int, reach: int) -> int:
-        """A byte of a document, at most `byte` and less than `reach` before it, where its text can be cut in two.
-
-        Where there is no such place, the text is cut in the middle of whatever stands there.
-        """
+    def cut_before(self, document: int, byte: int, low: int) -> int:
+        """The last byte of a document, above `low` and at most `byte`, where its text can be cut in two; or `low`."""
         start = int(self.rows(document, document + 1)[0, START])
-        window = 1 << 12
+        window = min(1 << 12, byte - low)
         with open(self.text, "rb") as file:
-            while True:
-                window = min(window, reach, byte)
+            while window:
                 file.seek(start + byte - window)
                 data = file.read(window)
-                half = next((i for i in range(min(4, window)) if data[i] & 0xC0 != 0x80), 0)  # of a character before
-                text = data.decode(errors="ignore")
-                place = cut_place(text)
-                if 0 < place < LONGEST_STRETCH or window == min(reach, byte):
-                    place = place or len(text)
-                    return byte - window + half + len(text[:place].encode())
-                window *= 16
+                text = data.decode(errors="ignore")  # half a character at either end
+                if 0 < (place := cut_place(text)) < LONGEST_STRETCH:
+                    return byte - window + _halves(data) + len(text[:place].encode())
+                if window == byte - low:
+                    break
+                window = min(16 * window, byte - low)
+        return low
+
+    def whole_characters(self, document: int, byte: int) -> int:
+        """The last byte of a document, at most `byte`, where a character begins."""
+        start = int(self.rows(document, document + 1)[0, START])
+        with open(self.text, "rb") as file:
+            file.seek(start + byte - 3)
+            return byte - 3 + max(i for i, value in enumerate(file.read(4)) if value & 0xC0 != 0x80)
 
     def without(self, others: "Documents", index: Path) -> tuple["Documents", np.ndarray]:
         """These documents but for those that are among `others`, by an index written to `index`; the numbers left out.
@@ -150,6 +153,11 @@ class Documents:
             for part in rows:
                 file.write(np.ascontiguousarray(part, dtype=ROW).tobytes())
         return replace(self, index=index, first=0, last=os.path.getsize(index) // (3 * ROW.itemsize))
+
+
+def _halves(data: bytes) -> int:
+    """Bytes at the beginning that belong to a character before."""
+    return next((i for i, value in enumerate(data) if value & 0xC0 != 0x80), len(data))
 
 
 def _sha256(file: Any, row: list[int]) -> bytes:

@@ -91,15 +91,14 @@ def plan(documents: Documents, size: int) -> list[tuple[Place, Place]]:
             row = int(np.searchsorted(ends, target, side="right"))
             length = int(rows[row, BYTES])
             begins = int(ends[row]) - length
-            byte = target - begins
-            if byte and length > min(SHORT, size):
-                byte = documents.cut_before(first + row, byte, min(byte, size))
-            else:
-                byte = 0
-            if (place := (first + row, byte)) > places[-1]:
-                places.append(place)
-                target = begins + byte
-            target += size
+            document, byte, low = first + row, target - begins, 0
+            if length > min(SHORT, size):
+                low = places[-1][1] if places[-1][0] == document else 0
+                low = documents.cut_before(document, byte, low)
+            if (document, low) <= places[-1]:  # a document without a place to cut, or a span that is full already
+                low = documents.whole_characters(document, byte)
+            places.append((document, low))
+            target = begins + low + size
         done = int(ends[-1])
     return list(zip(places, [*places[1:], (len(documents), 0)], strict=True))
 
