@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from quire.errors import UserError
+from quire.errors import UserError, choose
 from quire.tokenizers import merges
 from quire.tokenizers.patterns import splitter
 from quire.tokenizers.tokenizer import BytesTokenizer, Unknown, utf8
@@ -143,6 +143,7 @@ class BPETokenizer(BytesTokenizer):
         cls, texts: Iterable[str], vocabulary_size: int = 0, rule: Rule = "subword-nmt", count: int = 0
     ) -> "BPETokenizer":
         """`count` merges, or as many as fill the vocabulary."""
+        choose("--rule", rule, list(RULES))
         pieces: Counter[str] = Counter()
         for text in texts:
             pieces.update(splitter("space").findall(text))
