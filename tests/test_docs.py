@@ -29,7 +29,7 @@ def blocks(path: Path, language: str) -> list[str]:
 def cut_down(command: str) -> list[str]:
     """A command of the README, its training shortened and its model made small."""
     words = shlex.split(command, comments=True)[1:]
-    if words[0] in ("train", "resume") and "--verify" not in words:
+    if words[0] in ("train", "resume", "finetune") and "--verify" not in words:
         for flag in ("--minutes", "--steps", "--epochs"):
             while flag in words:
                 del words[words.index(flag) : words.index(flag) + 2]

@@ -79,14 +79,16 @@ class Documents:
         With each goes whether a document begins there. Encoded one by one, they give the ids of whole documents.
         """
         last, stop = end or (len(self), 0)
+        place = 0
         with open(self.text, "rb") as file:
             for first in range(begin[0], last + (stop > 0), ROWS):
                 rows = self.rows(first, min(first + ROWS, last + (stop > 0)))
                 for number, (start, size, _) in enumerate(rows.tolist(), first):
                     skip = begin[1] if number == begin[0] else 0
                     size = stop if number == last else size
-                    if file.tell() != start + skip:
+                    if place != start + skip:
                         file.seek(start + skip)
+                    place = start + size
                     if size - skip <= BLOCK:
                         yield skip == 0, file.read(size - skip).decode()
                     else:

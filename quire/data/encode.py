@@ -30,7 +30,7 @@ from quire.tokenizers import Tokenizer, load_tokenizer
 from quire.tokenizers.tokenizer import Unknown
 
 PROCESSES = 8  # at most: each takes some 60 MB
-STEP = 1 << 22  # characters between two notes of progress
+STEP = 1 << 20  # characters whose tokens are written at once
 
 # text, index, first, last: the documents; begin, end: the span; folder, name: of the shard; unknown: as for encoding
 Job = dict[str, Any]
@@ -53,30 +53,36 @@ def encode_shard(tokenizer: Tokenizer, job: Job, on_text: OnText) -> Shard:
     documents = Documents(Path(job["text"]), Path(job["index"]), job["first"], job["last"])
     unknown: Unknown = job["unknown"]
     path, kind = Path(job["folder"]) / job["name"], token_type(tokenizer.vocabulary_size)
-    separator = np.array([tokenizer.separator], dtype=kind)
     starts: array[int] = array("q")
     tokens = size = checksum = 0
 
     def write(new: Path) -> None:
         nonlocal tokens, size, checksum
+        separator, held, length = np.array([tokenizer.separator], dtype=np.int32), [], 0
         with open(new, "wb") as file:
-            told = 0
+
+            def flush() -> None:
+                nonlocal checksum
+                data = np.concatenate(held).astype(kind).tobytes()
+                file.write(data)
+                checksum = zlib.crc32(data, checksum)
+                on_text(length)
+
             for begins, text in documents.pieces(tuple(job["begin"]), tuple(job["end"])):
-                parts = [separator] if begins else []
                 if begins:
                     starts.append(tokens)
+                    tokens += 1
+                    held.append(separator)
                 ids = tokenizer.encode_array(text, unknown)
                 size += len((text if unknown == "error" else tokenizer.decode(ids)).encode())
-                parts.append(ids.astype(kind))
-                for part in parts:
-                    file.write(data := part.tobytes())
-                    checksum = zlib.crc32(data, checksum)
-                    tokens += len(part)
-                told += len(text)
-                if told >= STEP:
-                    on_text(told)
-                    told = 0
-            on_text(told)
+                held.append(ids)
+                tokens += len(ids)
+                length += len(text)
+                if length >= STEP:
+                    flush()
+                    held, length = [], 0
+            if held:
+                flush()
 
     files.write_by(path.with_name(path.name + ".bin"), write)
     places = np.array(starts, dtype="<i8").tobytes()
@@ -94,12 +100,12 @@ def encode_shard(tokenizer: Tokenizer, job: Job, on_text: OnText) -> Shard:
 def encode_shards(
     tokenizer: Tokenizer, saved: Path, jobs: list[Job], on_text: OnText, on_shard: Callable[[Shard], object]
 ) -> None:
-    """Write the shards of `jobs`, in as many processes as there are cores; one shard alone is written in this one.
+    """Write the shards of `jobs`, in as many processes as there are cores; a text of one shard is encoded in this one.
 
     `saved` is the tokenizer's file. `on_shard` is told of each that is finished, in whatever order.
     """
     ours = type(tokenizer).__module__.startswith("quire.")  # one of the user's making is known to this process only
-    processes = min(usable_cores(), len(jobs), PROCESSES) if ours else 1
+    processes = min(usable_cores(), len(jobs) - 1, PROCESSES) if ours else 1  # the held-out text is little work
     if processes < 2:
         for job in jobs:
             on_shard(encode_shard(tokenizer, job, on_text))

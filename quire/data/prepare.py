@@ -17,7 +17,7 @@ import numpy as np
 from quire import files
 from quire.data import shards
 from quire.data.documents import BYTES, CHARACTERS, START, Documents
-from quire.data.encode import Job, encode_shards
+from quire.data.encode import STEP, Job, encode_shards
 from quire.data.shards import FINISHED, INDEX, STREAMS, Shard, TokenStream, token_type
 from quire.data.spool import Corpus
 from quire.data.vocabulary import Policy
@@ -154,11 +154,13 @@ def fitted(kind: str, vocabulary_size: int, training: Documents, held_out: Docum
 
 def _counted(texts: Iterable[str], total: int, show: Update) -> Iterator[str]:
     """The same texts, shown on a bar as they go by."""
-    done = 0
+    done = shown = 0
     for text in texts:
         yield text
         done += len(text)
-        show(done / total, megabytes=f"{done / 1e6:.1f}")
+        if done - shown >= STEP:
+            show(done / total, megabytes=f"{done / 1e6:.1f}")
+            shown = done
 
 
 def _encode(

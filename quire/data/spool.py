@@ -143,12 +143,13 @@ class Corpus:
 
     def leave_out(self, held_out: "Corpus") -> int:
         """Take out the documents that `held_out` has too; gives how many those were."""
-        index = self.documents.index.with_name("left.bin")
+        before = self.documents.index
+        index = before.with_name(before.name + ".left")
         self.documents, gone = self.documents.without(held_out.documents, index)
         if len(gone):
             self.digest = hashlib.sha256(f"{self.digest} without {held_out.digest}".encode()).hexdigest()
-            before = gone.searchsorted
-            self.arguments = [(name, a - int(before(a)), b - int(before(b))) for name, a, b in self.arguments]
+            left = gone.searchsorted  # how many of them come before a document
+            self.arguments = [(name, a - int(left(a)), b - int(left(b))) for name, a, b in self.arguments]
         return len(gone)
 
 

@@ -13,7 +13,7 @@ from quire.data.prepare import Prepared, prepare
 from quire.data.reading import DataSettings, read
 from quire.data.spool import Corpus
 from quire.errors import UserError
-from quire.tokenizers import CharacterTokenizer
+from quire.tokenizers import TOKENIZERS, CharacterTokenizer
 
 quick = settings(max_examples=80, deadline=None)
 
@@ -194,6 +194,34 @@ def test_a_damaged_cache_is_made_anew(tmp_path, cache, damage):
     (tokens,) = cache.glob("tokens/*/training-00000.bin")
     tokens.write_bytes(damage(tokens.read_bytes()))
     assert np.array_equal(prepared(folder).training, before)
+
+
+def test_a_tokenizer_is_fitted_to_the_training_part_once_for_each_size(monkeypatch):
+    fitted: list[tuple[str, int]] = []
+
+    class Counting(CharacterTokenizer):
+        kind = "counting"
+
+        @classmethod
+        def train(cls, texts, vocabulary_size=0):
+            fitted.append(("".join(texts), vocabulary_size))
+            return cls("ab"[: vocabulary_size or 2])
+
+    monkeypatch.setitem(TOKENIZERS, "counting", Counting)
+    for size in (0, 2, 0, 2):
+        found = prepare(Corpus.of(["a" * 600]), "counting", None, size)
+        assert found.tokenizer.vocabulary_size == 4
+    assert fitted == [("a" * 540, 0), ("a" * 540, 2)]
+    prepare(Corpus.of(["a" * 601]), "counting")
+    assert fitted[2:] == [("a" * 541, 0)]
+
+
+def test_a_fitted_tokenizer_finds_its_tokens_again(tmp_path, cache):
+    """As a resume does, which has the tokenizer's file: nothing is encoded a second time."""
+    first = prepare(Corpus.of(["abc" * 200]), "character")
+    first.tokenizer.save(tmp_path / "tokenizer.json")
+    prepare(Corpus.of(["abc" * 200]), str(tmp_path / "tokenizer.json"))
+    assert len(list(cache.glob("tokens/*/index.json"))) == 1
 
 
 # ---- too little ----
