@@ -130,8 +130,8 @@ static uint64_t first_bytes(Bytes s, size_t length, size_t room) {
     return word;
 }
 
-static uint64_t mix(uint64_t x) {
-    x *= UINT64_C(0x9E3779B97F4A7C15);
+static uint64_t mix(uint64_t x) { /* every bit, the highest too, counts in the low bits, which choose the slot */
+    x = (x ^ x >> 32) * UINT64_C(0x9E3779B97F4A7C15);
     return x ^ x >> 32;
 }
 
@@ -348,7 +348,7 @@ static int learner_fill(Learner *l, const Pieces *p, size_t length) {
     return push_fresh(l);
 }
 
-/* Up to `wanted` merges as pairs of ids into `merges`; how many, or -1 where memory is out. Token 256 + i is merge i. */
+/* Up to `wanted` merges as pairs of ids into `merges`; how many, or -1 where memory is out. Merge i makes 256 + i. */
 static int64_t learn(const Pieces *p, size_t wanted, int64_t fewest, int32_t *merges) {
     size_t length = 1, made = 0;
     for (size_t i = 0; p->slots && i <= p->mask; i++)
@@ -386,7 +386,7 @@ typedef struct {
     int32_t byte_id[256];
     Pairs ranks;               /* a pair's `count` is the rank of its merge */
     VECTOR(int32_t) merged;    /* by rank: the token that it makes */
-    VECTOR(int32_t) size;      /* by id: bytes of the token */
+    int32_t *size;             /* by id: bytes of the token */
     Pieces whole, cache;       /* tokens for whole pieces only; pieces met before */
     VECTOR(int32_t) cached, out;
     List *waiting;             /* by rank: places in the long piece at hand; all empty in between */
@@ -430,7 +430,7 @@ static int wait_for_rank(Encoder *e, Row *row, int32_t *rank, int32_t place, int
 /* The same for a piece of any length: the places wait in a list for each rank, so that the time grows as the length. */
 static int apply_long(Encoder *e, Bytes s, size_t n) {
     Row row;
-    int32_t *rank = malloc((n + 2) * sizeof *rank), *size = e->size.at;
+    int32_t *rank = malloc((n + 2) * sizeof *rank), *size = e->size;
     int good = row_make(&row, n + 2) && rank;
     int32_t *id = row.id;
     if (good) id[0] = id[n + 1] = -1;
@@ -468,21 +468,19 @@ static int encode_text(Encoder *e, const Reader *r) {
         end = piece_end(r, i, e->pattern);
         Bytes s = r->text + i;
         size_t n = end - i, room = r->length - i;
-        const Piece *whole = piece_at(&e->whole, s, n, room, 0);
-        if (whole) {
-            if (!reserve(e->out)) return 0;
-            e->out.at[e->out.count++] = (int32_t)whole->value;
-            continue;
-        }
         if (n > SHORT) {
-            if (n > INT32_MAX - 2 || !apply_long(e, s, n)) return 0;
+            const Piece *whole = piece_at(&e->whole, s, n, room, 0);
+            if (whole ? !reserve(e->out) : n > INT32_MAX - 2 || !apply_long(e, s, n)) return 0;
+            if (whole) e->out.at[e->out.count++] = (int32_t)whole->value;
             continue;
         }
         if (e->cache.count >= CACHED) pieces_free(&e->cache), e->cached.count = 0;
         Piece *piece = piece_at(&e->cache, s, n, room, 1);
         if (!piece) return 0;
         if (!piece->ids) {
-            size_t made = apply_short(e, s, n, id);
+            const Piece *whole = piece_at(&e->whole, s, n, room, 0);
+            size_t made = whole ? 1 : apply_short(e, s, n, id);
+            if (whole) id[0] = (int32_t)whole->value;
             piece->value = made == 1 ? id[0] : (int64_t)e->cached.count;
             for (size_t k = 0; made > 1 && k < made; k++) {
                 if (!reserve(e->cached)) return 0;
@@ -568,24 +566,23 @@ static PyObject *train(PyObject *self, PyObject *args) {
 static void encoder_free(PyObject *capsule) {
     Encoder *e = PyCapsule_GetPointer(capsule, "quire.encoder");
     pieces_free(&e->whole), pieces_free(&e->cache);
-    free(e->ranks.slots), free(e->merged.at), free(e->size.at), free(e->cached.at), free(e->out.at);
+    free(e->ranks.slots), free(e->merged.at), free(e->size), free(e->cached.at), free(e->out.at);
     free(e->waiting), free(e->heap.at);
     Py_XDECREF(e->owner);
     free(e);
 }
 
 /* Fill in the merges: triples of left id, right id and the id of what they make. 0 where memory is out. */
-static int encoder_fill(Encoder *e, const int32_t *merges, size_t count, int32_t ids) {
-    e->size.at = calloc((size_t)ids + 1, sizeof *e->size.at);
+static int encoder_fill(Encoder *e, const int32_t *merges, size_t count, const Py_buffer *sizes) {
+    e->size = malloc((size_t)sizes->len);
     e->waiting = malloc((count + 1) * sizeof *e->waiting);
-    if (!e->size.at || !e->waiting || !pair_at(&e->ranks, pair_key(-1, 1))) return 0; /* a table, if of no merge */
-    for (int byte = 0; byte < 256; byte++) e->size.at[e->byte_id[byte]] = 1;
+    if (!e->size || !e->waiting || !pair_at(&e->ranks, pair_key(-1, 1))) return 0; /* a table, if of no merge */
+    memcpy(e->size, sizes->buf, (size_t)sizes->len);
     for (size_t rank = 0; rank < count; rank++, merges += 3) {
         Pair *pair = pair_at(&e->ranks, pair_key(merges[0], merges[1]));
         if (!pair || !reserve(e->merged)) return 0;
         pair->count = (int64_t)rank;
         e->merged.at[e->merged.count++] = merges[2];
-        e->size.at[merges[2]] = e->size.at[merges[0]] + e->size.at[merges[1]];
         e->waiting[rank] = (List){-1, -1};
     }
     return 1;
@@ -593,18 +590,18 @@ static int encoder_fill(Encoder *e, const int32_t *merges, size_t count, int32_t
 
 static PyObject *encoder(PyObject *self, PyObject *args) {
     PyObject *classes, *whole, *key, *value, *capsule = NULL;
-    Py_buffer bytes, merges;
+    Py_buffer bytes, merges, sizes;
     Py_ssize_t at = 0;
-    int pattern, ids, good;
+    int pattern, good;
     (void)self;
-    if (!PyArg_ParseTuple(args, "y*y*O!iSi", &bytes, &merges, &PyDict_Type, &whole, &ids, &classes, &pattern))
+    if (!PyArg_ParseTuple(args, "y*y*O!y*Si", &bytes, &merges, &PyDict_Type, &whole, &sizes, &classes, &pattern))
         return NULL;
     Encoder *e = calloc(1, sizeof *e);
     if (e && bytes.len == sizeof e->byte_id) {
         memcpy(e->byte_id, bytes.buf, sizeof e->byte_id);
         e->owner = Py_NewRef(classes), e->classes = (Bytes)PyBytes_AS_STRING(classes), e->pattern = pattern;
         capsule = PyCapsule_New(e, "quire.encoder", encoder_free);
-        good = capsule && encoder_fill(e, merges.buf, (size_t)merges.len / (3 * sizeof(int32_t)), ids);
+        good = capsule && encoder_fill(e, merges.buf, (size_t)merges.len / (3 * sizeof(int32_t)), &sizes);
         while (good && PyDict_Next(whole, &at, &key, &value)) {
             size_t length = (size_t)PyBytes_GET_SIZE(key);
             Piece *piece = piece_at(&e->whole, (Bytes)PyBytes_AS_STRING(key), length, length, 1);
@@ -612,7 +609,7 @@ static PyObject *encoder(PyObject *self, PyObject *args) {
         }
         if (!good) Py_CLEAR(capsule);
     } else free(e);
-    PyBuffer_Release(&bytes), PyBuffer_Release(&merges);
+    PyBuffer_Release(&bytes), PyBuffer_Release(&merges), PyBuffer_Release(&sizes);
     return capsule ? capsule : PyErr_NoMemory();
 }
 
@@ -656,7 +653,7 @@ static PyMethodDef methods[] = {
     {"count", count, METH_VARARGS, "count(counter, text, classes, pattern): count the pieces of text, in one thread"},
     {"join", join, METH_VARARGS, "join(counter, other): add the counts of the other to the first"},
     {"train", train, METH_VARARGS, "train(counter, merges, fewest) -> int32 pairs of ids, as bytes"},
-    {"encoder", encoder, METH_VARARGS, "encoder(byte_ids, merges, whole, ids, classes, pattern) -> an encoder"},
+    {"encoder", encoder, METH_VARARGS, "encoder(byte_ids, merges, whole, sizes, classes, pattern) -> an encoder"},
     {"encode", encode, METH_VARARGS, "encode(encoder, text) -> int32 ids, as bytes; an encoder serves one thread"},
     {NULL, NULL, 0, NULL},
 };

@@ -157,7 +157,7 @@ class BPETokenizer(BytesTokenizer):
         if count:
             room = 1 << 60
         blanks = ranked(spaces)[: min(SPACES, room // 2)]
-        characters = ranked(seen)[: max(1, (room - len(blanks)) // 4)]
+        characters = ranked(seen)[: (room - len(blanks)) // 4]
         base = cls(rule, blanks, characters, [])
         ties, _ = RULES[rule]
         rows = {base._symbols(word): number for word, number in words.items()}

@@ -28,7 +28,8 @@ class ByteBPETokenizer(BytesTokenizer):
     """Tokens of one or more bytes.
 
     `tokens` are the bytes of each id (b"" for special ids and gaps), `merges` triples of ids in the order in which
-    they apply, `whole` tokens that no merge makes, for pieces that equal them (some published vocabularies have such).
+    they apply, `whole` tokens for pieces that equal them, whatever the merges say (some published vocabularies have
+    tokens that no merges make).
 
     >>> small = ByteBPETokenizer.train(["banana bandana"], vocabulary_size=260)
     >>> [small.name(i) for i in small.encode("banana")]
@@ -51,8 +52,7 @@ class ByteBPETokenizer(BytesTokenizer):
         self._specials = specials
         self.vocabulary_size = len(tokens)
         self.separator, self.padding = specials[separator], specials[padding]
-        byte_ids = {token: number for number, token in enumerate(tokens) if len(token) == 1}
-        self._encoder = core.Encoder([byte_ids[bytes([byte])] for byte in range(256)], merges, self.whole, pattern)
+        self._encoder = core.Encoder(tokens, merges, self.whole, pattern)
 
     @property
     def specials(self) -> dict[str, int]:

@@ -32,11 +32,11 @@ def learn(texts: Iterable[bytes], pattern: str, count: int, threads: int = 0) ->
         for text in texts:
             pieces.update(_pieces(text, pattern))
         return merges.learn(pieces, count, lambda left, right, number: 256 + number)
-    counters: list[Any] = []
+    counters: list[Any] = []  # one serves one thread at a time
     number, classes = IN_CORE.index(pattern), character_classes()
 
     def count_share(share: Iterable[bytes]) -> None:
-        counter = counters.pop() if counters else fast.counter()
+        counter = _taken(counters) or fast.counter()
         for text in share:
             fast.count(counter, text, classes, number)
         counters.append(counter)
@@ -45,7 +45,7 @@ def learn(texts: Iterable[bytes], pattern: str, count: int, threads: int = 0) ->
     with ThreadPoolExecutor(threads) as pool:
         for shares in _rounds(texts, threads):
             list(pool.map(count_share, shares))
-    total = counters.pop() if counters else fast.counter()
+    total = _taken(counters) or fast.counter()
     for other in counters:
         fast.join(total, other)
     pairs = np.frombuffer(fast.train(total, count, 2), dtype=np.int32).reshape(-1, 2)
@@ -55,17 +55,20 @@ def learn(texts: Iterable[bytes], pattern: str, count: int, threads: int = 0) ->
 class Encoder:
     """Turns bytes into ids by a list of merges (left id, right id, id of both), the first one first.
 
-    `byte_ids` are the ids of the 256 bytes; `whole` are tokens that no merges make, for pieces that equal them.
+    `tokens` are the bytes of each id, `whole` those for pieces that equal them, whatever the merges make of such a
+    piece. What a merge makes must be the bytes of its two parts, one after the other.
     """
 
     def __init__(
         self,
-        byte_ids: Sequence[int],
+        tokens: Sequence[bytes],
         triples: Sequence[tuple[int, int, int]],
         whole: Mapping[bytes, int],
         pattern: str,
     ) -> None:
-        self.byte_ids, self.triples, self.whole, self.pattern = byte_ids, triples, whole, pattern
+        self.tokens, self.triples, self.whole, self.pattern = tokens, triples, whole, pattern
+        ids = {token: number for number, token in enumerate(tokens) if len(token) == 1}
+        self.byte_ids = [ids[bytes([byte])] for byte in range(256)]
         self._ranks: dict[tuple[int, int], tuple[int, int]] = {}
         self._cache: dict[bytes, list[int]] = {}
         self._idle: list[Any] = []  # encoders of the core: one serves one thread at a time
@@ -77,7 +80,7 @@ class Encoder:
             for piece in _pieces(text, self.pattern):
                 ids += self._encode_piece(piece)
             return np.array(ids, dtype=np.int32)
-        encoder = self._idle.pop() if self._idle else self._make()
+        encoder = _taken(self._idle) or self._make()
         try:
             return np.frombuffer(fast.encode(encoder, text), dtype=np.int32)
         finally:
@@ -104,9 +107,17 @@ class Encoder:
     def _make(self) -> Any:
         byte_ids = np.array(self.byte_ids, dtype=np.int32).tobytes()
         triples = np.array(self.triples, dtype=np.int32).tobytes()
-        ids = 1 + max([*self.byte_ids, *(both for _, _, both in self.triples)])
+        sizes = np.array([len(token) for token in self.tokens], dtype=np.int32).tobytes()
         number = IN_CORE.index(self.pattern)
-        return fast.encoder(byte_ids, triples, dict(self.whole), ids, character_classes(), number)
+        return fast.encoder(byte_ids, triples, dict(self.whole), sizes, character_classes(), number)
+
+
+def _taken(idle: list[Any]) -> Any:
+    """One of the idle ones, or None; two threads never get the same."""
+    try:
+        return idle.pop()
+    except IndexError:
+        return None
 
 
 def _pieces(text: bytes, pattern: str) -> Iterator[bytes]:

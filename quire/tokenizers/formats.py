@@ -91,7 +91,7 @@ def to_hugging_face(tokenizer: ByteBPETokenizer) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": bool(tokenizer.whole),
-            "vocab": {spelling: number for number, spelling in enumerate(spelled) if spelling},
+            "vocab": {**tokenizer.specials, **{spelling: i for i, spelling in enumerate(spelled) if spelling}},
             "merges": [f"{spelled[left]} {spelled[right]}" for left, right, _ in tokenizer.merges],
             "quire": {
                 "pattern": tokenizer.pattern,
@@ -110,8 +110,8 @@ def write_checked(path: Path, table: dict[str, Any]) -> None:
 def read_checked(raw: bytes, where: str) -> ByteBPETokenizer:
     """The tokenizer in a Hugging Face file, or in one of ours, where a changed byte is a UserError."""
     table = json.loads(raw)
-    if own := _own(table):
-        own.pop("crc32", None)
+    if isinstance(table["model"], dict) and (_own(table) or b'"crc32": "' in raw):  # whichever of the words is damaged
+        _own(table).pop("crc32", None)
         if _checked(table).encode() != raw:
             raise UserError(f"{where} is damaged: its contents do not match its checksum. Restore it from a copy.")
     return from_hugging_face(table, where)
@@ -142,16 +142,25 @@ def from_hugging_face(table: dict[str, Any], where: str = "tokenizer.json") -> B
         choose(f"The splitting pattern in {where}", pattern, list(IN_CORE))
         if table.get("normalizer"):
             raise UserError(f"{where} changes text before it is split (a normalizer), which Quire does not.")
-        tokens = [b""] * (1 + max([*vocabulary.values(), *specials.values()]))
+        numbers = [*vocabulary.values(), *specials.values()]
+        if "" in specials:
+            raise UserError(f"{where} is damaged: it has a special token without a name.")
+        if min(numbers) < 0 or max(numbers) > 4 * len(numbers) + 4096:
+            raise UserError(f"{where} is not a tokenizer.json: {len(numbers)} tokens and an id {max(numbers)}.")
+        tokens = [b""] * (1 + max(numbers))
         for spelling, number in vocabulary.items():
-            if spelling not in specials:
+            if specials.get(spelling) != number:
                 tokens[number] = _bytes_of(spelling, where)
         triples = [(vocabulary[left], vocabulary[right], vocabulary[left + right]) for left, right in pairs]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        for left, right, both in triples:
+            if not tokens[left] or not tokens[right] or tokens[left] + tokens[right] != tokens[both]:
+                raise UserError(f"{where} is damaged: token {both} is not what tokens {left} and {right} make.")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{where} is not a tokenizer.json of byte-level BPE: {error!r} in it.") from error
-    whole = _not_merged(tokens, triples) if model.get("ignore_merges") else {}
+    whole = {token: number for number, token in enumerate(tokens) if len(token) > 1}
+    whole = whole if model.get("ignore_merges") else {}
     return _made(tokens, triples, specials, pattern, whole, where, own.get("separator"), own.get("padding"))
 
 
@@ -165,11 +174,6 @@ def _pattern_of(pre_tokenizer: Any, where: str) -> str:
             if (regex := step["pattern"].get("Regex")) in known:
                 return known[regex]
     raise UserError(f"{where} splits text in a way that is neither GPT-2's nor cl100k's, which Quire does not know.")
-
-
-def _not_merged(tokens: list[bytes], triples: list[Triple]) -> dict[bytes, int]:
-    made = {both for _, _, both in triples}
-    return {token: number for number, token in enumerate(tokens) if len(token) > 1 and number not in made}
 
 
 def _made(
@@ -279,7 +283,7 @@ def read_gpt2(path: Path) -> ByteBPETokenizer:
     if beside != path and beside.is_file():
         try:
             vocabulary = {str(k): int(v) for k, v in json.loads(beside.read_text(encoding="utf-8")).items()}
-        except (ValueError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, OverflowError) as error:
             raise UserError(f"{beside} is not GPT-2's encoder.json: tokens and their ids.") from error
     else:
         order = sorted(range(256), key=lambda byte: (LETTERS[byte] != chr(byte), byte))
