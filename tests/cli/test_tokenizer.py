@@ -41,9 +41,8 @@ def test_the_special_token_only_by_choice(desk: Path, quire) -> None:
     quire("tokenizer", "train", "byte-bpe", "book.txt", "--vocabulary-size", "300", "--out", "t.json")
     separator = load_tokenizer("t.json").separator
     Path("s.txt").write_text("a<|separator|>b")
-    plain, chosen, refused = (
-        quire("tokenizer", "encode", "t.json", "s.txt", "--json", "--special", how) for how in ("text", "token", "error")
-    )
+    encode = ("tokenizer", "encode", "t.json", "s.txt", "--json", "--special")
+    plain, chosen, refused = (quire(*encode, how) for how in ("text", "token", "error"))
     assert separator not in json.loads(plain.out)["ids"] and separator in json.loads(chosen.out)["ids"]
     assert refused.code == 2 and "looks like a special token" in refused.err
 

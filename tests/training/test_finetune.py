@@ -1,4 +1,4 @@
-"""Fine-tuning takes the weights and the tokenizer, and nothing else; new characters become tokens where that is said."""
+"""Fine-tuning takes weights and tokenizer, and nothing else; new characters become tokens where that is said."""
 
 import json
 import random
