@@ -56,7 +56,8 @@ def encode_shard(tokenizer: Tokenizer, job: Job, on_text: OnText) -> Shard:
 
     def write(new: Path) -> None:
         nonlocal tokens, checksum
-        separator, held, length = np.array([tokenizer.separator], dtype=np.int32), [], 0
+        separator, length = np.array([tokenizer.separator], dtype=np.int32), 0
+        held: list[np.ndarray] = []
         with open(new, "wb") as file:
 
             def flush() -> None:
