@@ -73,6 +73,7 @@ def texts(lab, monkeypatch) -> Callable[..., Run]:
     for name, letters, count in [("alpha", "abcd", 1500), ("beta", "efgh", 900), ("gamma", "ijkl", 15)]:
         (lab.folder / f"{name}.txt").write_text("".join(generator.choices(letters, k=count)))
     (lab.folder / "held-out.txt").write_text("".join(generator.choices("abcdefghijkl", k=200)))
+
     def act(name: str, **settings: Any) -> Run:
         return train.train(
             "alpha.txt", "beta.txt", "gamma.txt", run=lab.folder / name, preset="gpt-mini", model=dict(lab.MODEL),
