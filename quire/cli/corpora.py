@@ -1,5 +1,6 @@
 """quire corpora: a table of the texts known by name."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +54,12 @@ def show(rows: list[dict[str, Any]]) -> None:
 
     table = Table(box=None, header_style="bold")
     for name in ("name", "download", "text", "here", "licence", "what"):
-        table.add_column(name, justify="right" if name in ("download", "text") else "left", overflow="fold")
+        justify = "right" if name in ("download", "text") else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name not in ("licence", "what"))
     for line in rows:
         here = {True: "yes", False: "no", None: "streams"}[line["cached"]]
         sizes = (size(line["download_bytes"]), size(line["text_bytes"]))
         table.add_row(line["name"], *sizes, here, line["licence"], line["description"])
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)  # a pipe has no width of its own
     console.print(table)
     console.print("Any dataset of the Hugging Face hub: hf:OWNER/NAME", markup=False)
