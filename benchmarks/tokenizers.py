@@ -143,7 +143,7 @@ def linear(tool: str, kind: str, file: Path) -> Figures:
     use(tool)
     ours = load_tokenizer(file)
     assert isinstance(ours, ByteBPETokenizer)
-    size, merges = (1_000_000, SIZE) if tool == "core" else (10_000, 256)
+    size, merges = (1_000_000, SIZE) if tool == "core" else (10_000, 64)
     seconds: dict[str, list[float]] = {"encode": [], "train": []}
     for length in (size, 10 * size):
         data = monotonous(kind, length)
