@@ -14,6 +14,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "first_bytes() reads the bytes of a word in little-endian order; elsewhere the Python reference serves"
@@ -33,6 +36,16 @@ static int grow(void *at, size_t *room, size_t width) { /* at: the address of a 
     if (!(moved = realloc(old, wanted * width))) return 0;
     memcpy(at, &moved, sizeof moved), *room = wanted;
     return 1;
+}
+
+/* Memory for a row: of a long one the pages are large, or the kernel spends as much time on them as the work takes. */
+static void *row_memory(size_t size) {
+    char *at = malloc(size);
+#ifdef MADV_HUGEPAGE
+    size_t page = 1 << 21, skip = at ? (page - (uintptr_t)at % page) % page : 0;
+    if (at && size > skip + page) madvise(at + skip, (size - skip) / page * page, MADV_HUGEPAGE);
+#endif
+    return at;
 }
 
 /* ---- splitting: patterns.py by hand ---- */
@@ -202,7 +215,7 @@ typedef struct { int32_t *id, *before, *after; } Row;
 typedef struct { int32_t head, tail; } List;
 
 static int row_make(Row *row, size_t length) {
-    row->id = malloc(3 * length * sizeof *row->id);
+    row->id = row_memory(3 * length * sizeof *row->id);
     row->before = row->id + length, row->after = row->id + 2 * length;
     return row->id != NULL;
 }
@@ -355,7 +368,7 @@ static int64_t learn(const Pieces *p, size_t wanted, int64_t fewest, int32_t *me
         if (p->slots[i].length >= 2) length += p->slots[i].length + 1;
     if (length > INT32_MAX) return -1;
     Learner l = {0};
-    l.weight = malloc(length * sizeof *l.weight);
+    l.weight = row_memory(length * sizeof *l.weight);
     int good = row_make(&l.row, length) && l.weight && learner_fill(&l, p, length);
     while (good && made < wanted && l.heap.count) {
         Candidate best = heap_pop(&l.heap);
@@ -430,7 +443,7 @@ static int wait_for_rank(Encoder *e, Row *row, int32_t *rank, int32_t place, int
 /* The same for a piece of any length: the places wait in a list for each rank, so that the time grows as the length. */
 static int apply_long(Encoder *e, Bytes s, size_t n) {
     Row row;
-    int32_t *rank = malloc((n + 2) * sizeof *rank), *size = e->size;
+    int32_t *rank = row_memory((n + 2) * sizeof *rank), *size = e->size;
     int good = row_make(&row, n + 2) && rank;
     int32_t *id = row.id;
     if (good) id[0] = id[n + 1] = -1;

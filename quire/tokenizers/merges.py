@@ -58,20 +58,21 @@ def learn(
             best = _standing_first(best, queue, counts, where, rows)
         joined = join(*best.pair, len(learned))
         learned.append(best.pair)
-        changed = set()
+        changes: Counter[Pair] = Counter()
         for number in where.pop(best.pair):
             old, new = rows[number], merged(rows[number], best.pair, joined)
             if len(new) == len(old):
                 continue
             rows[number] = new
             for pair in pairwise(old):
-                counts[pair] -= weights[number]
-                changed.add(pair)
+                changes[pair] -= weights[number]
             for pair in pairwise(new):
-                counts[pair] += weights[number]
+                changes[pair] += weights[number]
                 where[pair].add(number)
-                changed.add(pair)
-        for pair in changed:
+        for pair, change in changes.items():
+            if not change:  # it stands as often as before, and so does its place in the queue
+                continue
+            counts[pair] += change
             if counts[pair] > 0:
                 heapq.heappush(queue, _Candidate(counts[pair], pair, ties))
             else:

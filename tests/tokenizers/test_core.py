@@ -67,8 +67,8 @@ def test_the_core_reads_and_writes_only_what_is_its_own(tmp_path):
 def test_the_sanitizers_are_at_work(tmp_path):
     """A core with a fault put in is caught."""
     source = SOURCE.read_text(encoding="utf-8")
-    assert source.count("row->id = malloc(3 * length") == 1
-    (tmp_path / "bad.c").write_text(source.replace("row->id = malloc(3 * length", "row->id = malloc(2 * length"))
+    assert source.count("row_memory(3 * length") == 1
+    (tmp_path / "bad.c").write_text(source.replace("row_memory(3 * length", "row_memory(2 * length"))
     out = tmp_path / "_core.so"
     flags = ["-shared", "-fPIC", f"-I{sysconfig.get_paths()['include']}", "-fsanitize=address", "-o", str(out)]
     subprocess.run([compiler(), *flags, str(tmp_path / "bad.c")], check=True, capture_output=True)
