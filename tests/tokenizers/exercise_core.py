@@ -14,7 +14,7 @@ import numpy as np
 from quire.tokenizers import core, merges
 from quire.tokenizers.patterns import character_classes
 
-LENGTHS = [1, 2, 3, 6, 7, 8, 9, 15, 16, 17, 46, 47, 48, 49, 50, 63, 64, 65, 255, 256, 257, 1000]
+LENGTHS = [1, 2, 3, 7, 8, 9, 16, 17, 47, 48, 49, 64, 65, 257]
 CLASSES = character_classes()
 
 
@@ -39,7 +39,7 @@ def inputs(rng: random.Random) -> list[bytes]:
         for letters in (b"a", b"ab", b"acgt", b" ", b"\n", b"1", b".", b"\xff", bytes(range(128, 192))):
             found.append(bytes(rng.choice(letters) for _ in range(length)))
             found.append(b" " + found[-1] + b" x " + found[-1])
-    for _ in range(200):
+    for _ in range(120):
         letters = rng.choice([b"ab ", b"a1.' \n", bytes(range(256)), b"\xe2\x82\xac \xf0\x9f\x98\x80a"])
         found.append(bytes(rng.choice(letters) for _ in range(rng.randrange(200))))
     return found

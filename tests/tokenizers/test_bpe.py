@@ -23,7 +23,7 @@ from quire.tokenizers.bpe import (
 )
 from quire.tokenizers.word import FIRST_BYTE, FIRST_PIECE
 
-quick = settings(max_examples=100, deadline=None)
+quick = settings(max_examples=50, deadline=None)
 EXAMPLE = "low " * 5 + "lower " * 2 + "newest " * 6 + "widest " * 3  # of the paper's algorithm 1
 words = st.text(st.sampled_from("aab bc\n</w>é森"), max_size=60)
 

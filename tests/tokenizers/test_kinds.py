@@ -13,7 +13,7 @@ from quire.tokenizers.bpe import RULES, BPETokenizer
 from quire.tokenizers.core import IN_CORE
 from quire.tokenizers.tokenizer import LONGEST_STRETCH, PADDING, SEPARATOR, BytesTokenizer, cut_place
 
-quick = settings(max_examples=100, deadline=None)
+quick = settings(max_examples=50, deadline=None)
 BOOK = "The owl calls upon a night,\nand speaks to none but café or 森;  rivers run below 12 'stones'.\n\n" * 3
 
 
@@ -34,7 +34,7 @@ def known(tokenizer: Tokenizer, text: str) -> str:
 
 
 def test_every_text_comes_back(tokenizer, texts):
-    for text in (known(tokenizer, text) for text in [*texts(1500, seed=51), BOOK, ""]):
+    for text in (known(tokenizer, text) for text in [*texts(600, seed=51), BOOK, ""]):
         ids = tokenizer.encode(text, special="text")
         assert tokenizer.decode(ids) == text
         assert tokenizer.decode(np.array(ids, dtype=np.int64)) == text
@@ -112,7 +112,7 @@ def test_training_reads_its_texts_once_and_depends_on_nothing_else(kind, texts):
 @pytest.mark.parametrize("kind", [kind for kind in TOKENIZERS if kind != "character"])
 @pytest.mark.parametrize("size", [259, 260, 261, 262, 263, 270, 300, 400])
 def test_the_vocabulary_has_at_most_the_size_asked_for(kind, size, texts):
-    for seed in range(3):
+    for seed in (0,):
         parts = [BOOK, *texts(80, seed=53 + seed)]
         trained = TOKENIZERS[kind].train(parts, size)
         assert 258 <= trained.vocabulary_size <= size
@@ -186,11 +186,11 @@ def check_cuts(kinds: list[Tokenizer], text: str) -> int:
 def test_both_parts_of_a_cut_text_have_the_ids_of_the_whole(kinds, texts):
     rng = random.Random(2)
     letters = "  \n\n\r\t\x1c\x85\u3000ab.'s1<森\u0301"
-    spaced = ["".join(rng.choices(letters, k=rng.randrange(2, 20))) for _ in range(1500)]
-    cuts = sum(check_cuts(kinds, text) for text in [*texts(500, seed=56), *spaced])
-    assert cuts > 1000
+    spaced = ["".join(rng.choices(letters, k=rng.randrange(2, 20))) for _ in range(600)]
+    cuts = sum(check_cuts(kinds, text) for text in [*texts(200, seed=56), *spaced])
+    assert cuts > 400
 
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=200, deadline=None)
     @given(SPACED)
     def on_white_space(text):
         check_cuts(kinds, text)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from quire.tokenizers import merges
 
-quick = settings(max_examples=150, deadline=None)
+quick = settings(max_examples=50, deadline=None)
 
 
 def joined_everywhere(row, pair, joined):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from quire.tokenizers import core
 from quire.tokenizers.patterns import PATTERNS, character_classes, splitter
 
-quick = settings(max_examples=200, deadline=None)
+quick = settings(max_examples=100, deadline=None)
 compiled = pytest.mark.skipif(core.fast is None, reason="the C core is not compiled")
 
 
@@ -35,7 +35,7 @@ def check(text: str, name: str, oracle: regex.Pattern, agreeing: set[str]) -> No
 @pytest.mark.parametrize("name", ["gpt2", "cl100k"])
 def test_the_pieces_are_those_of_tiktokens_pattern(name, patterns, agreeing, texts):
     oracle = regex.compile(patterns[name])
-    for text in texts(3000, seed=1):
+    for text in texts(1500, seed=1):
         check(text, name, oracle, agreeing)
 
     @quick
@@ -53,7 +53,7 @@ def test_the_pieces_are_those_of_tiktokens_pattern(name, patterns, agreeing, tex
 
 
 def test_cl100k_of_hugging_face_differs_only_in_white_space_at_the_end(texts):
-    for text in texts(3000, seed=2):
+    for text in texts(1500, seed=2):
         visible = text + "x"
         assert splitter("cl100k-hf").findall(visible) == splitter("cl100k").findall(visible)
 
@@ -68,7 +68,7 @@ def test_pieces_join_to_the_text(name, text):
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_pieces_of_hard_texts_join_to_the_text(name, texts):
-    for text in texts(2000, seed=3, length=30):
+    for text in texts(600, seed=3, length=30):
         assert "".join(splitter(name).findall(text)) == text
 
 
@@ -95,7 +95,7 @@ def test_no_piece_holds_an_end_mark_or_white_space_beside_something_visible(text
 
 def test_a_word_has_letters_and_numbers_only(texts):
     classes = character_classes()
-    for text in texts(3000, seed=4):
+    for text in texts(1500, seed=4):
         for piece in splitter("word").findall(text):
             kinds = {classes[ord(character)] for character in piece.replace("'", "").replace("\u2019", "")}
             assert kinds <= {1, 2} or kinds == {3} or len(piece) == 1
@@ -108,7 +108,7 @@ def test_a_word_has_letters_and_numbers_only(texts):
 @pytest.mark.parametrize("name", core.IN_CORE)
 def test_the_core_splits_as_python_does(name, texts, byte_texts):
     number, classes = core.IN_CORE.index(name), character_classes()
-    for data in [text.encode() for text in texts(3000, seed=5)] + byte_texts(4000, seed=6):
+    for data in [text.encode() for text in texts(1500, seed=5)] + byte_texts(2000, seed=6):
         assert core.fast.split(data, classes, number) == list(core._pieces(data, name))
 
     @quick
