@@ -54,8 +54,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 
     table = Table(box=None, header_style="bold")
     for name in ("name", "download", "text", "here", "licence", "what"):
-        justify = "right" if name in ("download", "text") else "left"
-        table.add_column(name, justify=justify, overflow="fold", no_wrap=name not in ("licence", "what"))
+        no_wrap = name not in ("licence", "what")
+        table.add_column(
+            name, justify="right" if name in ("download", "text") else "left", overflow="fold", no_wrap=no_wrap
+        )
     for line in rows:
         here = {True: "yes", False: "no", None: "streams"}[line["cached"]]
         sizes = (size(line["download_bytes"]), size(line["text_bytes"]))

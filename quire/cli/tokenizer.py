@@ -13,7 +13,7 @@ from quire.cli.flags import Switch, Texts, parse, print_json
 from quire.errors import UserError, choose
 from quire.progress import say
 from quire.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
-from quire.tokenizers.tokenizer import BytesTokenizer, Special
+from quire.tokenizers.tokenizer import BytesTokenizer, Special, Unknown
 
 HELP = """usage: quire tokenizer train KIND TEXT ... --out FILE      fit a tokenizer of KIND to a text
        quire tokenizer encode TOKENIZER FILE              a file's tokens as ids (--json: {"ids": [...]})
@@ -37,7 +37,7 @@ class TrainArguments:
 
     kind: Kind  # character, word, bpe or byte-bpe
     text: Texts = ()  # files, folders, globs, addresses or corpora
-    out: str = "tokenizer.json"  # the file to write; NAME.tiktoken: a rank file (byte-bpe)
+    out: str = "tokenizer.json"  # the file to write; NAME.PATTERN.tiktoken: a rank file (byte-bpe)
     vocabulary_size: int = 0  # tokens; 0: as the kind sees fit
     pattern: str = "gpt2"  # byte-bpe: how text is split: gpt2, cl100k or cl100k-hf
     rule: str = "subword-nmt"  # bpe: how pairs are chosen and words end: subword-nmt or published
@@ -53,7 +53,7 @@ class EncodeArguments:
     tokenizer: Named  # a run directory, a tokenizer file or a known name
     file: File  # the file; - is standard input
     special: Special = "text"  # what looks like a special token is plain text, the special token, or an error
-    pattern: str = ""  # for a rank file that Quire does not know: gpt2, cl100k or cl100k-hf
+    unknown: Unknown = "error"  # characters that it lacks: refuse, skip or replace them
     json: Switch = False  # print one JSON object: ids
 
 
@@ -63,7 +63,6 @@ class DecodeArguments:
 
     tokenizer: Named  # a run directory, a tokenizer file or a known name
     file: File  # a JSON file: a list of ids, or an object with "ids"; - is standard input
-    pattern: str = ""  # for a rank file that Quire does not know: gpt2, cl100k or cl100k-hf
     json: Switch = False  # print one JSON object: text
 
 
@@ -123,11 +122,11 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 
 def encode(given: EncodeArguments) -> int:
     """Print ids."""
-    tokenizer, data = load_tokenizer(given.tokenizer, given.pattern), read_bytes(given.file)
+    tokenizer, data = load_tokenizer(given.tokenizer), read_bytes(given.file)
     if given.special == "text" and hasattr(tokenizer, "encode_bytes"):
         ids = tokenizer.encode_bytes(data).tolist()
     else:
-        ids = tokenizer.encode(as_text(data, given.file), special=given.special)
+        ids = tokenizer.encode(as_text(data, given.file), given.unknown, given.special)
     if given.json:
         print_json({"ids": ids})
     else:
@@ -137,7 +136,7 @@ def encode(given: EncodeArguments) -> int:
 
 def decode(given: DecodeArguments) -> int:
     """Print text."""
-    tokenizer, data = load_tokenizer(given.tokenizer, given.pattern), read_bytes(given.file)
+    tokenizer, data = load_tokenizer(given.tokenizer), read_bytes(given.file)
     try:
         found = json.loads(data)
         ids = found["ids"] if isinstance(found, dict) else found

@@ -64,7 +64,8 @@ def decoded(name: str, blocks: Iterable[bytes], encoding: str, errors: str) -> I
     while len(first) < 5 and (block := next(blocks, b"")):  # 5: the longest of what a file may begin with
         first += block
     mark, encoding = next(((mark, name) for mark, name in _BYTE_ORDER_MARKS if first.startswith(mark)), (b"", encoding))
-    wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+    canonical = codecs.lookup(encoding).name
+    wide = canonical.startswith(("utf-16", "utf-32"))
     decoder = codecs.getincrementaldecoder(encoding)(errors)
     line_ends = io.IncrementalNewlineDecoder(None, translate=True)
     start, done, before, held = len(mark), 0, b"", ""
@@ -86,7 +87,7 @@ def decoded(name: str, blocks: Iterable[bytes], encoding: str, errors: str) -> I
         text = held + line_ends.decode(text, not block)
         held = "\x1a" if text.endswith("\x1a") else ""  # the end-of-file mark, if nothing comes after it
         if text := text.removesuffix("\x1a"):
-            yield text
+            yield text if wide or canonical == "utf-8" else without_surrogates(name, text, errors)  # utf-7 spells them
         before, start = (before + block)[-REACH:], 0
 
 
@@ -102,7 +103,7 @@ def check_encoding(name: str) -> None:
 
 
 def without_surrogates(where: str, text: str, errors: str) -> str:
-    r"""`text`, whose JSON may spell half of a surrogate pair (\ud800), which no encoding can store."""
+    r"""`text`, which JSON or UTF-7 may spell with half a surrogate pair (\ud800), which no encoding can store."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

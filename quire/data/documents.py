@@ -23,6 +23,7 @@ ROW = np.dtype("<i8")
 START, BYTES, CHARACTERS = range(3)  # columns of the index
 
 Place = tuple[int, int]  # a document, and a byte in it
+Mark = tuple[int, str]  # bytes and sha256 of a document
 
 
 @dataclass(frozen=True)
@@ -122,24 +123,30 @@ class Documents:
             file.seek(start + byte - 3)
             return byte - 3 + max(i for i, value in enumerate(file.read(4)) if value & 0xC0 != 0x80)
 
-    def without(self, others: "Documents", index: Path) -> tuple["Documents", np.ndarray]:
-        """These documents but for those that are among `others`, by an index written to `index`; the numbers left out.
+    def marks(self) -> set[Mark]:
+        """By what each document is known again, whatever text it stands in."""
+        with open(self.text, "rb") as text:
+            return {(row[BYTES], _sha256(text, row)) for _, rows in self.chunks() for row in rows.tolist()}
+
+    def without(self, apart: set[Mark], index: Path) -> tuple["Documents", np.ndarray, set[Mark]]:
+        """These documents but for those marked so, by an index written to `index`; numbers and marks of those left out.
 
         Only documents of equal sizes are read and compared.
         """
-        sizes, apart = set(), set()
-        with open(others.text, "rb") as text:
-            for _, rows in others.chunks():
-                sizes |= {row[BYTES] for row in rows.tolist()}
-                apart |= {_sha256(text, row) for row in rows.tolist()}
+        sizes = {size for size, _ in apart}
         found: list[int] = []
+        marks: set[Mark] = set()
         with open(self.text, "rb") as text, files.open_new(index) as file:
             for first, rows in self.chunks():
-                gone = [row[BYTES] in sizes and _sha256(text, row) in apart for row in rows.tolist()]
+                gone = []
+                for row in rows.tolist():
+                    mark = (row[BYTES], _sha256(text, row)) if row[BYTES] in sizes else (0, "")
+                    gone.append(mark in apart)
+                    marks |= {mark} & apart
                 found += (first + np.flatnonzero(gone)).tolist()
                 file.write(rows[~np.array(gone)].tobytes())
         left = replace(self, index=index, first=0, last=len(self) - len(found))
-        return left, np.array(found, dtype=np.int64)
+        return left, np.array(found, dtype=np.int64), marks
 
     def characters_at_the_end(self, row: Any, count: int) -> int:
         """How many bytes the last `count` characters of a document have."""
@@ -162,14 +169,14 @@ def _halves(data: bytes) -> int:
     return next((i for i, value in enumerate(data) if value & 0xC0 != 0x80), len(data))
 
 
-def _sha256(file: Any, row: list[int]) -> bytes:
+def _sha256(file: Any, row: list[int]) -> str:
     """The digest of the document in a row of the index."""
     digest, left = hashlib.sha256(), row[BYTES]
     file.seek(row[START])
     while left and (block := file.read(min(left, BLOCK))):
         digest.update(block)
         left -= len(block)
-    return digest.digest()
+    return digest.hexdigest()
 
 
 def _blocks(file: Any, size: int) -> Iterator[str]:

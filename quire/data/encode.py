@@ -142,7 +142,7 @@ def _start(saved: Path) -> "subprocess.Popen[str]":
     places = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return subprocess.Popen(
-        [sys.executable, "-m", "quire.data.encode", str(saved)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-P", "-m", "quire.data.encode", str(saved)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         text=True, encoding="utf-8", env={**os.environ, **threads, "PYTHONPATH": places},
     )  # fmt: skip
 

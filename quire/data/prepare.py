@@ -6,6 +6,7 @@ that one document gives the plain loss that other tools report.
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -16,11 +17,11 @@ import numpy as np
 
 from quire import files
 from quire.data import shards
-from quire.data.documents import BYTES, CHARACTERS, START, Documents
+from quire.data.documents import BYTES, CHARACTERS, START, Documents, Mark
 from quire.data.encode import STEP, Job, encode_shards
 from quire.data.shards import FINISHED, INDEX, STREAMS, Shard, TokenStream, token_type
 from quire.data.spool import Corpus
-from quire.data.vocabulary import Policy
+from quire.data.vocabulary import Policy, adapted
 from quire.errors import UserError
 from quire.progress import Update, bar
 from quire.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
@@ -29,7 +30,7 @@ from quire.tokenizers.tokenizer import Unknown
 HELD_OUT_CHARACTERS = 256_000  # at most, by default
 HELD_OUT_SHARE = 0.1
 WHOLE_DOCUMENTS = 20  # from this many on, whole documents are held out
-FORMAT = 5  # of what is kept in the cache; another one is another name there
+FORMAT = 5  # of the files in the cache
 FEWEST_HELD_OUT = 50  # tokens; a loss over fewer says little
 
 
@@ -45,6 +46,8 @@ class Prepared:
     validation: TokenStream
     validation_bytes: int
     report: dict[str, Any]
+    key: str = ""  # its name in the cache
+    left_out: set[Mark] = field(default_factory=set)  # documents of the training text that the held-out text has
     ranges: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -95,12 +98,13 @@ def prepare(
     validation: Corpus | None = None,
     vocabulary_size: int = 0,
     unknown: Policy = "error",
+    settled: bool = False,
 ) -> Prepared:
     """Split, fit the tokenizer and encode; done once for each content and tokenizer (kept in the cache).
 
     `wanted` is a kind in TOKENIZERS to fit, or a tokenizer, or its path or name, to use as it is; `unknown` says what
-    becomes of characters that such a one lacks. A call that was killed is gone on with: finished shards are not done
-    again.
+    becomes of what such a one lacks, unless that is `settled` already. A call that was killed is gone on with: finished
+    shards are not done again.
     """
     ready = wanted if isinstance(wanted, Tokenizer) else None if wanted in TOKENIZERS else load_tokenizer(wanted)
     if validation is None:
@@ -108,7 +112,9 @@ def prepare(
     else:
         training, held_out, how = corpus.documents, validation.documents, "the validation text"
     _check_sizes(training, held_out, named=validation is not None)
-    content = [FORMAT, corpus.digest, validation and validation.digest]
+    if ready is not None and not settled:
+        ready = adapted(ready, training, held_out, unknown)
+    content = [code(type(ready) if ready else TOKENIZERS[str(wanted)]), corpus.digest, validation and validation.digest]
     tokenizer = ready or fitted(str(wanted), vocabulary_size, training, held_out, content)
     spelled = {"kind": tokenizer.kind, **tokenizer.to_table()}
     policy: Unknown = "error" if unknown == "grow" else unknown  # it has grown
@@ -126,12 +132,31 @@ def prepare(
             index = _encode(folder, head, tokenizer, (training, held_out), policy)
     streams = [shards.opened(folder, index[name], index["dtype"]) for name in STREAMS]
     report = index["report"]
-    found = Prepared(tokenizer, streams[0], streams[1], report["validation_bytes"], report)
+    found = Prepared(tokenizer, streams[0], streams[1], report["validation_bytes"], report, key, corpus.left_out)
     for name, first, last in corpus.arguments:
         start, end = (shards.start_of(folder, index["training"], document) for document in (first, last))
         if start < end:
             found.ranges.setdefault(name, (start, end))
     return found
+
+
+def opened(key: str) -> TokenStream | None:
+    """The training tokens that were prepared under `key`, if they are in the cache and intact."""
+    folder = files.cache_folder() / "tokens" / key
+    index = _whole(folder) if key else None
+    return None if index is None else shards.opened(folder, index[STREAMS[0]], index["dtype"])
+
+
+def code(kind: type[Tokenizer]) -> str:
+    """A name for the code that decides which tokens a text becomes: an edited tokenizer is another one."""
+    here = Path(__file__).parent
+    paths = {*here.glob("*.py"), *(here.parent / "tokenizers").glob("*.py"), *(here.parent / "tokenizers").glob("*.c")}
+    own = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    paths |= {Path(own)} if own and Path(own).is_file() else set()
+    digest = hashlib.sha256(kind.__qualname__.encode())
+    for path in sorted(paths):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def fitted(kind: str, vocabulary_size: int, training: Documents, held_out: Documents, content: Any) -> Tokenizer:

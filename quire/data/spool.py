@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quire import files
-from quire.data.documents import BLOCK, Documents
+from quire.data.documents import BLOCK, Documents, Mark
 from quire.data.splitting import Piece
 from quire.errors import UserError
 
@@ -129,6 +129,7 @@ class Corpus:
     skipped: list[tuple[str, str]] = field(default_factory=list)  # in folders and globs: (path, "is a binary file")
     attributions: list[str] = field(default_factory=list)  # to be shown to the user
     arguments: list[tuple[str, int, int]] = field(default_factory=list)  # each TEXT: first document, and past the last
+    left_out: set[Mark] = field(default_factory=set)  # documents taken out again, because they are held out
 
     @classmethod
     def of(cls, documents: Iterable[str]) -> "Corpus":
@@ -141,13 +142,13 @@ class Corpus:
         """Delete the spooled text."""
         self.documents.owner.close()
 
-    def leave_out(self, held_out: "Corpus") -> int:
-        """Take out the documents that `held_out` has too; gives how many those were."""
+    def leave_out(self, held_out: set[Mark]) -> int:
+        """Take out the documents that are marked as held out; gives how many those were."""
         before = self.documents.index
         index = before.with_name(before.name + ".left")
-        self.documents, gone = self.documents.without(held_out.documents, index)
+        self.documents, gone, self.left_out = self.documents.without(held_out, index)
         if len(gone):
-            self.digest = hashlib.sha256(f"{self.digest} without {held_out.digest}".encode()).hexdigest()
+            self.digest = hashlib.sha256(f"{self.digest} without {sorted(self.left_out)}".encode()).hexdigest()
             left = gone.searchsorted  # how many of them come before a document
             self.arguments = [(name, a - int(left(a)), b - int(left(b))) for name, a, b in self.arguments]
         return len(gone)

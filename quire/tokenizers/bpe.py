@@ -125,11 +125,19 @@ class BPETokenizer(BytesTokenizer):
     kind = "bpe"
     padding, separator = range(FIRST_BYTE)
 
-    def __init__(self, rule: Rule, spaces: list[str], characters: list[str], learned: list[tuple[str, str]]) -> None:
-        self.rule, self.spaces, self.characters, self.learned = rule, spaces, characters, learned
+    def __init__(
+        self,
+        rule: Rule,
+        spaces: list[str],
+        characters: list[str],
+        learned: list[tuple[str, str]],
+        added: Sequence[str] = (),
+    ) -> None:
+        """`added` are characters that came later: their ids are the last ones, and no merge has them."""
+        self.rule, self.spaces, self.characters, self.learned, self.added = rule, spaces, characters, learned, added
         made = [left + right for left, right in learned]
-        alphabet = [*characters, END] if RULES[rule][1] else [form for c in characters for form in (c, c + END)]
-        pieces = list(dict.fromkeys([*spaces, *alphabet, *made]))
+        alone = [END] if RULES[rule][1] else []
+        pieces = list(dict.fromkeys([*spaces, *self._forms(characters), *alone, *made, *self._forms(added)]))
         self.tokens = [b"" for _ in SPECIALS] + [bytes([byte]) for byte in range(256)]
         self.tokens += [utf8(piece.removesuffix(END)) for piece in pieces]
         self.vocabulary_size = len(self.tokens)
@@ -137,6 +145,10 @@ class BPETokenizer(BytesTokenizer):
         self._names = pieces
         self._ranks = {pair: (rank, both) for rank, (pair, both) in enumerate(zip(learned, made))}
         self._cache: dict[str, list[int]] = {}
+
+    def _forms(self, characters: Sequence[str]) -> list[str]:
+        """The symbols that a character can be: itself, and with a mark that does not stand alone, the marked one."""
+        return list(characters) if RULES[self.rule][1] else [form for c in characters for form in (c, c + END)]
 
     @classmethod
     def train(
@@ -196,8 +208,12 @@ class BPETokenizer(BytesTokenizer):
         return self._names[token - FIRST_PIECE] if token >= FIRST_PIECE else super().name(token)
 
     def unknown(self, text: str) -> Counter[str]:
-        known = {*self.characters, *self.spaces}
+        known = {*self.characters, *self.spaces, *self.added}
         return Counter(character for character in text if character not in known)
+
+    def grown(self, pieces: Iterable[str]) -> "BPETokenizer":
+        new = sorted(set(pieces) - {*self.characters, *self.spaces, *self.added})
+        return BPETokenizer(self.rule, self.spaces, self.characters, self.learned, [*self.added, *new])
 
     def to_table(self) -> dict[str, Any]:
         return {
@@ -205,11 +221,13 @@ class BPETokenizer(BytesTokenizer):
             "spaces": self.spaces,
             "characters": self.characters,
             "merges": [list(pair) for pair in self.learned],
+            "added": list(self.added),
         }
 
     @classmethod
     def from_table(cls, table: dict[str, Any]) -> "BPETokenizer":
-        return cls(table["rule"], table["spaces"], table["characters"], [(a, b) for a, b in table["merges"]])
+        learned = [(left, right) for left, right in table["merges"]]
+        return cls(table["rule"], table["spaces"], table["characters"], learned, table["added"])
 
 
 def _within(rows: dict[tuple[str, ...], int], known: dict[str, int]) -> dict[tuple[str, ...], int]:

@@ -81,9 +81,9 @@ class Encoder:
                 ids += self._encode_piece(piece)
             return np.array(ids, dtype=np.int32)
         encoder = _taken(self._idle) or self._make()
-        ids = np.frombuffer(fast.encode(encoder, text), dtype=np.int32)
+        found = np.frombuffer(fast.encode(encoder, text), dtype=np.int32)
         self._idle.append(encoder)  # not where memory ran out: such a one is not used again
-        return ids
+        return found
 
     def __getstate__(self) -> dict[str, Any]:  # to another process goes what it is made of
         return {**vars(self), "_ranks": {}, "_cache": {}, "_idle": []}

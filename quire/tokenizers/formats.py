@@ -200,18 +200,19 @@ def _made(
 # ---- tiktoken's ranks ---------------------------------------------------------------------------------------------
 
 
-def read_ranks(path: Path, pattern: str = "", specials: dict[str, int] | None = None) -> ByteBPETokenizer:
+def read_ranks(path: Path) -> ByteBPETokenizer:
     """A tokenizer from a tiktoken rank file: a line for each token, its bytes in base64 and its rank.
 
-    Such a file says neither how text is split nor which special tokens there are: for known ones Quire does.
+    Such a file says neither how text is split nor which special tokens there are. Of published files Quire knows both,
+    by their sha256; of others the name says how text is split: NAME.gpt2.tiktoken.
     """
     data = path.read_bytes()
-    known = KNOWN_RANKS.get(hashlib.sha256(data).hexdigest())
-    if known and not pattern:
-        pattern, specials = known
-    if not pattern:
-        raise UserError(f"{path} does not say how text is split. Say --pattern gpt2 or --pattern cl100k.")
-    return from_ranks(parse_ranks(data, str(path)), pattern, specials or {}, str(path))
+    named = Path(path.stem).suffix.removeprefix(".")
+    pattern, specials = KNOWN_RANKS.get(hashlib.sha256(data).hexdigest(), (named, {}))
+    if pattern not in IN_CORE:
+        names = " or ".join(f"{path.stem}.{name}.tiktoken" for name in IN_CORE)
+        raise UserError(f"{path} does not say how its text is split. Let its name say it: rename it to {names}.")
+    return from_ranks(parse_ranks(data, str(path)), pattern, specials, str(path))
 
 
 def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:

@@ -55,6 +55,10 @@ class Tokenizer:
         """Special tokens by name."""
         return {PADDING: self.padding, SEPARATOR: self.separator}
 
+    def reserved(self) -> set[int]:
+        """The ids that no text encodes to: the specials, and gaps in a vocabulary that was made elsewhere."""
+        return set(self.specials.values())
+
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary_size: int = 0) -> "Tokenizer":
         """A tokenizer fitted to `texts`, read once, with at most `vocabulary_size` tokens (0: as the kind sees fit).

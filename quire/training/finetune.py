@@ -16,13 +16,14 @@ from torch import Tensor
 from quire import checkpoint
 from quire.config import Table, merged
 from quire.data.prepare import prepare
-from quire.data.vocabulary import Policy, adapted
+from quire.data.vocabulary import Policy
 from quire.errors import UserError
 from quire.progress import say
 from quire.run import Run, refuse_existing
 from quire.training.loop import Trainer
 from quire.training.settings import LENGTHS, Settings, typed
-from quire.training.train import describe, free_path, prepare_machine, read_texts, train_created
+from quire.training.texts import read_texts
+from quire.training.train import describe, free_path, prepare_machine, train_created
 
 GENTLER = 0.25  # of the run's own learning rates
 
@@ -79,19 +80,18 @@ def finetune_run(base: Run, settings: Settings, path: Path | None = None, began:
     try:
         if [origin["sha256"] for origin in corpus.origins] == [origin["sha256"] for origin in base.manifest["data"]]:
             raise UserError(f"That is the text {base.path} was trained on. To train on it further: {further}")
-        tokenizer = adapted(base.tokenizer, corpus, held_out, settings.data.unknown)
-        prepared = prepare(corpus, tokenizer, held_out, unknown=settings.data.unknown)
+        prepared = prepare(corpus, base.tokenizer, held_out, unknown=settings.data.unknown)
     finally:
         corpus.close()
     say(f"{', '.join(texts[:3])}: {prepared}")
     settings = Settings(
         settings.data,
-        replace(base.settings, vocabulary_size=tokenizer.vocabulary_size),
+        replace(base.settings, vocabulary_size=prepared.tokenizer.vocabulary_size),
         replace(settings.training, threads=threads),
     )
     manifest = describe(settings, prepared, corpus.origins, device)
     manifest |= {"finetuned_from": str(base.path), "separators": manifest["separators"] + base.manifest["separators"]}
-    created = Run.create(path, settings.tables(), tokenizer, manifest, prepared.validation[:], {})
+    created = Run.create(path, settings.tables(), prepared.tokenizer, manifest, prepared.validation[:], {})
 
     def begin(trainer: Trainer) -> None:
         put_weights(trainer.model, weights, base.settings.vocabulary_size)

@@ -12,32 +12,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import quire
 from quire import files
 from quire.config import Table, from_table
-from quire.data.prepare import Prepared, prepare
-from quire.data.reading import DataSettings, read
-from quire.data.shards import TokenStream
-from quire.data.spool import Corpus
-from quire.data.vocabulary import adapted
+from quire.data.prepare import Prepared
+from quire.data.reading import DataSettings
 from quire.devices import choose_device, set_threads, unused_card
 from quire.errors import UserError
-from quire.progress import bar, say
+from quire.progress import say
 from quire.run import Run, refuse_existing
-from quire.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
-from quire.tokenizers.auto import choose_for
 from quire.training.clock import read_decisions
 from quire.training.curriculum import Curriculum
 from quire.training.loop import Trainer
 from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
+from quire.training.texts import STANDARD_INPUT, find_data, load_data
 from quire.training.verify import first_difference
 
 DEFAULT_CORPUS = "shakespeare"
-AUTO = "auto"  # the tokenizer that suits the text
-STANDARD_INPUT = "standard-input.txt"  # where a run keeps text that came by a pipe
 SHORTEST_CONTEXT = 8
 VERIFIED_STEPS = 6
 
@@ -215,52 +208,6 @@ def prepare_machine(training: TrainingSettings) -> tuple[torch.device, int]:
     return device, set_threads(training.threads)
 
 
-def load_data(settings: Settings, piped: bytes | None = None) -> tuple[Settings, Prepared, list[Table]]:
-    """The settings with the tokenizer that is taken, the prepared text, and where it came from."""
-    corpus, held_out = read_texts(settings, piped)
-    training = settings.training
-    if training.tokenizer == AUTO:
-        choice = choose_for(corpus.documents.sizes[0])
-        size = training.vocabulary_size or choice.vocabulary_size
-        say(f"Tokenizer: {choice.kind}, because {choice.why}.")
-        training = replace(training, tokenizer=choice.kind, vocabulary_size=size)
-    wanted: str | Tokenizer = training.tokenizer
-    try:
-        if training.tokenizer not in TOKENIZERS:
-            wanted = adapted(load_tokenizer(training.tokenizer), corpus, held_out, settings.data.unknown)
-        prepared = prepare(corpus, wanted, held_out, training.vocabulary_size, settings.data.unknown)
-    finally:
-        corpus.close()
-    return replace(settings, training=training), prepared, corpus.origins
-
-
-def read_texts(
-    settings: Settings, piped: bytes | None = None, held_out: Corpus | None = None
-) -> tuple[Corpus, Corpus | None]:
-    """The text, and that of --validation where one is given (or `held_out` in its place)."""
-    with bar("reading") as show:
-
-        def on_bytes(done: int, total: int | None) -> None:
-            show(done / total if total else 0.0, megabytes=f"{done / 1e6:.1f}")
-
-        corpus = read(settings.data.text, settings.data, on_bytes, piped)
-        if settings.data.validation and held_out is None:
-            held_out = read([settings.data.validation], settings.data, on_bytes)
-    if held_out is not None:
-        count = corpus.leave_out(held_out)
-        if not len(corpus.documents):
-            raise UserError("The text of --validation is the whole training text. Name another one, or leave it out.")
-        if count:
-            are = f"{count} document{'s' * (count > 1)}"
-            say(f"{are} of the training text left out: the text of --validation has them.")
-    for sentence in corpus.attributions:
-        say(sentence, "dim")
-    if corpus.skipped:
-        named = "; ".join(f"{path} {why}" for path, why in corpus.skipped[:5])
-        say(f"Skipped {len(corpus.skipped)}: {named}{'; ...' if len(corpus.skipped) > 5 else ''}")
-    return corpus, held_out
-
-
 def fitted(settings: Settings, prepared: Prepared) -> Settings:
     """The settings with the tokenizer's vocabulary, and a context no longer than the text."""
     vocabulary, context = prepared.tokenizer.vocabulary_size, settings.model.context_length
@@ -302,6 +249,8 @@ def describe(settings: Settings, prepared: Prepared, origins: list[Table], devic
         "data": origins,
         "report": prepared.report,
         "ranges": prepared.ranges,
+        "prepared": prepared.key,
+        "left_out": sorted(prepared.left_out),
         "separators": prepared.report["training_documents"],
         "validation": {"bytes": prepared.validation_bytes, "chosen_as": prepared.report["held_out_as"]},
     }
@@ -332,43 +281,3 @@ def free_path(text: str) -> Path:
     while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
     return path
-
-
-def find_data(run: Run, settings: Settings, moved: tuple[str, ...]) -> TokenStream:
-    """The run's training tokens, from the text it began with; another text is refused."""
-    kept = run.path / "data" / STANDARD_INPUT
-    data = replace(settings.data, text=moved or tuple(origin["path"] for origin in run.manifest["data"]))
-    where = f"Say where the text is now: quire resume {run.path} --data PATH"
-    piped = kept.read_bytes() if kept.exists() else None
-    try:
-        corpus, held_out = read_texts(replace(settings, data=data), piped, kept_validation(run, settings))
-    except UserError as error:
-        raise UserError(f"The training text of {run.path} cannot be read: {error} {where}") from error
-    try:
-        check_same(run, corpus, data.text, where)
-        return prepare(corpus, run.tokenizer, held_out, unknown=settings.data.unknown).training
-    finally:
-        corpus.close()
-
-
-def check_same(run: Run, corpus: Corpus, texts: tuple[str, ...], where: str) -> None:
-    """Refuse another text than the run's."""
-    before, now = ([origin["sha256"] for origin in found] for found in (run.manifest["data"], corpus.origins))
-    if before != now:
-        changed = next(
-            (new["path"] for old, new in zip(before, corpus.origins, strict=False) if old != new["sha256"]),
-            texts[0],
-        )
-        raise UserError(
-            f"{changed} is not the text that {run.path} began with: its contents differ. {where}"
-            f" To train its model on another text: quire finetune {run.path} TEXT --run NEW"
-        )
-
-
-def kept_validation(run: Run, settings: Settings) -> Corpus | None:
-    """The text of --validation, if one was given, as the run keeps it: the file itself may be gone."""
-    if not settings.data.validation:
-        return None
-    tokens = run.validation_tokens()
-    documents = np.split(tokens, np.flatnonzero(tokens == run.tokenizer.separator))[1:]  # it begins with a separator
-    return Corpus.of(run.tokenizer.decode(document) for document in documents)

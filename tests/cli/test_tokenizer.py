@@ -64,8 +64,9 @@ def test_a_rank_file_is_written_and_read(desk: Path, quire) -> None:
     said = quire("tokenizer", "train", "byte-bpe", "book.txt", "--vocabulary-size", "300", "--out", "t.tiktoken")
     assert said.code == 0
     refused = quire("tokenizer", "encode", "t.tiktoken", "odd.txt")
-    assert refused.code == 2 and "Say --pattern gpt2 or --pattern cl100k" in refused.err
-    read = quire("tokenizer", "encode", "t.tiktoken", "odd.txt", "--pattern", "gpt2", "--json")
+    assert refused.code == 2 and "rename it to t.gpt2.tiktoken or" in refused.err
+    Path("t.tiktoken").rename("t.gpt2.tiktoken")
+    read = quire("tokenizer", "encode", "t.gpt2.tiktoken", "odd.txt", "--json")
     quire("tokenizer", "train", "byte-bpe", "book.txt", "--vocabulary-size", "300", "--out", "t.json")
     assert read.out == quire("tokenizer", "encode", "t.json", "odd.txt", "--json").out
 
