@@ -137,7 +137,8 @@ def test_what_was_left_out_stays_out_when_the_held_out_text_is_not_what_was_enco
     (lab.folder / "lines.txt").write_text("\n".join([*lines, *held_out]))
     (lab.folder / "held-out.txt").write_text("\n".join(held_out))
     data = {"validation": str(lab.folder / "held-out.txt"), "documents": "line"}
-    run = quire.finetune(base, str(lab.folder / "lines.txt"), run=lab.folder / "new", steps=3, unknown="skip", data=data)
+    text = str(lab.folder / "lines.txt")
+    run = quire.finetune(base, text, run=lab.folder / "new", steps=3, unknown="skip", data=data)
     tokens = list(train.reopened(run).tokens)
     shutil.rmtree(files.cache_folder())  # so that the text is read again
     assert list(train.reopened(run).tokens) == tokens
