@@ -25,7 +25,10 @@ class NewTextSettings(TextSettings):
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train the model of RUN on other TEXT, in a new run: its weights and its tokenizer, all else begins afresh."""
+    """Train the model of RUN on other TEXT, in a new run: its weights and its tokenizer, all else begins afresh.
+
+    The settings are RUN's, with a quarter of its learning rates: `quire finetune RUN --help` shows them.
+    """
 
     base: RunPath  # the run whose model is taken; it stays as it is
     run: str = ""  # the new run directory; without it runs/NAME after the first text

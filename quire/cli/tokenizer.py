@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import tyro
 
 from quire.cli.flags import Switch, Texts, parse, print_json
+from quire.data.prepare import counted, note_size
 from quire.errors import UserError, choose
-from quire.progress import say
+from quire.progress import bar, say
 from quire.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
 from quire.tokenizers.tokenizer import BytesTokenizer, Special, Unknown
 
@@ -62,7 +63,7 @@ class DecodeArguments:
     """Print the text of ids, byte for byte; special tokens have none."""
 
     tokenizer: Named  # a run directory, a tokenizer file or a known name
-    file: File  # a JSON file: a list of ids, or an object with "ids"; - is standard input
+    file: File  # ids as `encode` writes them: numbers, or a JSON object with "ids"; - is standard input
     json: Switch = False  # print one JSON object: text
 
 
@@ -93,9 +94,13 @@ def train(given: TrainArguments) -> int:
     """Fit and write."""
     kind = TOKENIZERS[choose("The tokenizer kind", given.kind, list(TOKENIZERS))]
     own = {"byte-bpe": {"pattern": given.pattern}, "bpe": {"rule": given.rule}}.get(given.kind, {})
-    texts = read_texts(given.text, given.documents, given.encoding)
-    tokenizer = kind.train(texts, given.vocabulary_size, **own)
-    save(tokenizer, Path(given.out))
+    out = free_file(given.out)
+    documents = read_texts(given.text, given.documents, given.encoding)
+    with bar("fitting the tokenizer") as show:
+        texts = counted(documents.texts(), documents.sizes[1], show)
+        tokenizer = kind.train(texts, given.vocabulary_size, **own)
+    note_size(tokenizer, given.vocabulary_size)
+    save(tokenizer, out)
     if given.json:
         print_json({"kind": given.kind, "vocabulary_size": tokenizer.vocabulary_size, "out": given.out})
     else:
@@ -105,10 +110,18 @@ def train(given: TrainArguments) -> int:
     return 0
 
 
+def free_file(name: str) -> Path:
+    """The file to write, if nothing is lost by that."""
+    path = Path(name)
+    if name == "-" or path.is_dir():
+        raise UserError(f"{name} is no file to write a tokenizer to. Name one with --out.")
+    if path.exists():
+        raise UserError(f"{name} exists already. Name another file with --out, or delete it first.")
+    return path
+
+
 def save(tokenizer: Tokenizer, path: Path) -> None:
     """Write a tokenizer in the form that the file's name asks for."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder. Name the file to write with --out.")
     if path.suffix != ".tiktoken":
         tokenizer.save(path)
         return
@@ -138,13 +151,14 @@ def decode(given: DecodeArguments) -> int:
     """Print text."""
     tokenizer, data = load_tokenizer(given.tokenizer), read_bytes(given.file)
     try:
-        found = json.loads(data)
+        words = data.split()
+        found = list(map(int, words)) if words and all(map(bytes.isdigit, words)) else json.loads(data)
         ids = found["ids"] if isinstance(found, dict) else found
         if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise ValueError
     except (ValueError, KeyError, RecursionError) as error:
         raise UserError(
-            f'{given.file} does not hold ids: a JSON list of whole numbers, or {{"ids": [...]}}.'
+            f'{given.file} does not hold ids: whole numbers, a JSON list of them, or {{"ids": [...]}}.'
         ) from error
     if given.json:
         print_json({"text": tokenizer.decode(ids)})
@@ -162,12 +176,14 @@ def compare(given: CompareArguments) -> int:
 
     texts = list(read_texts(given.text, given.documents, given.encoding))
     fitted, measured = nine_tenths(texts)
-    names = given.tokenizers or tuple(TOKENIZERS)
-    tokenizers = {
-        name: TOKENIZERS[name].train(fitted, given.vocabulary_size) if name in TOKENIZERS else load_tokenizer(name)
-        for name in names
-    }
-    rows = [compare(name, tokenizer, measured) for name, tokenizer in tokenizers.items()]
+    tokenizers, rows = {}, []
+    with bar("comparing") as progress:
+        names = given.tokenizers or tuple(TOKENIZERS)
+        for number, name in enumerate(names):
+            progress(number / len(names), tokenizer=name)
+            kind = TOKENIZERS.get(name)
+            tokenizers[name] = kind.train(fitted, given.vocabulary_size) if kind else load_tokenizer(name)
+            rows.append(compare(name, tokenizers[name], measured))
     sentence = given.sentence or next((line for text in measured for line in text.split("\n") if len(line) > 20), "")
     split = {name: parts(tokenizer, sentence[:120]) for name, tokenizer in tokenizers.items()}
     if given.json:
@@ -182,7 +198,7 @@ def nine_tenths(texts: list[str]) -> tuple[list[str], list[str]]:
     fitted: list[str] = []
     left = int(sum(map(len, texts)) * 0.9)
     for index, text in enumerate(texts):
-        if len(text) > left:
+        if len(text) > left and (left or fitted):
             return [*fitted, text[:left]], [text[left:], *texts[index + 1 :]]
         fitted.append(text)
         left -= len(text)
@@ -220,6 +236,8 @@ def show(rows: list[Any], split: dict[str, list[str]]) -> None:
         console.print(by_script)
     colours = ("black on cyan", "black on yellow", "black on green", "black on magenta")
     width = max(map(len, split))
+    if not any(split.values()):
+        return  # there was no line to show
     for name, pieces in split.items():
         line = Text(f"{name:{width}}  ")
         for index, piece in enumerate(pieces):

@@ -75,9 +75,11 @@ class Documents:
         return int(totals[BYTES]), int(totals[CHARACTERS]), longest
 
     def pieces(self, begin: Place = (0, 0), end: Place | None = None) -> Iterator[tuple[bool, str]]:
-        """The text from one place to another, in strings of about a megabyte at most that end at a `cut_place`.
+        """The text from one place to another, in strings that end at a `cut_place`, of about a megabyte.
 
-        With each goes whether a document begins there. Encoded one by one, they give the ids of whole documents.
+        With each goes whether a document begins there. Encoded one by one, they give the ids of whole documents. Where
+        there is no such place for long (a text without spaces and single line ends), a string is as long as that
+        stretch, up to LONGEST_STRETCH characters; there it is cut all the same.
         """
         last, stop = end or (len(self), 0)
         place = 0

@@ -21,13 +21,12 @@ def download(address: str, on_bytes: Progress | None = None) -> Path:
     """
     if address.partition("://")[0].lower() not in ("http", "https"):
         raise UserError(f"{address} is not an http or https address, the only kinds that are downloaded.")
-    name = hashlib.sha256(address.encode()).hexdigest()[:32]
-    copy = files.cache_folder() / "downloads" / name
-    record, part = copy.with_name(name + ".json"), copy.with_name(name + ".part")
+    record = _record(address)
+    copy, part = record.with_suffix(""), record.with_suffix(".part")
     if _is_whole(copy, record):
         return copy
     try:
-        with files.locked(copy.with_name(name + ".lock")):
+        with files.locked(record.with_suffix(".lock")):
             if _is_whole(copy, record):  # another process brought it while this one waited
                 return copy
             transfer_address(address, part, LIMIT, on_bytes)
@@ -46,6 +45,23 @@ def download(address: str, on_bytes: Progress | None = None) -> Path:
         remedy = "If a browser can, save it there and name the file."
         raise UserError(f"{address} could not be downloaded: {reason(error)}. {remedy}") from error
     return copy
+
+
+def check_first(name: str, sha256: str) -> None:
+    """Record the sha256 of what is read as it streams in, at its first reading; a UserError where it has changed."""
+    record = _record(name)
+    if _first_sha256(record) not in ("", sha256):
+        raise UserError(
+            f"{name} gives another text than when it was first read, by its sha256."
+            f" If that is as it should be, delete {record} and try again."
+        )
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs this check, not the text
+        files.write_json(record, {"address": name, "sha256": sha256})
+
+
+def _record(address: str) -> Path:
+    """Where the sha256 of what an address gave at first is kept."""
+    return files.cache_folder() / "downloads" / f"{hashlib.sha256(address.encode()).hexdigest()[:32]}.json"
 
 
 def _is_whole(copy: Path, record: Path) -> bool:

@@ -6,6 +6,7 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
+from quire.data.download import check_first
 from quire.errors import UserError, nearest
 from quire.sources.transfer import Progress
 
@@ -24,7 +25,8 @@ def hub_documents(
 
     The split is `train`, and the text in `field`, unless the name says otherwise. The sha256 and bytes of the origin
     are those of the documents (each as UTF-8, for the sha256 with its length before it), there once the last has been
-    given; its path is `text`, or what that is `called` here.
+    given; its path is `text`, or what that is `called` here. The sha256 is recorded at the first reading, and checked
+    from then on.
     Raises UserError, at once or while streaming, for what cannot be had. Nothing of the dataset is run.
     """
     name, options = _parsed(text)
@@ -68,6 +70,7 @@ def _stream(
             told = size
         yield document
     origin.update(sha256=digest.hexdigest(), bytes=size)
+    check_first(text, digest.hexdigest())
 
 
 def _rows(datasets: Any, text: str, name: str, options: dict[str, str], field: str) -> Iterator[dict[str, Any]]:

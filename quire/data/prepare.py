@@ -23,7 +23,7 @@ from quire.data.shards import FINISHED, INDEX, STREAMS, Shard, TokenStream, toke
 from quire.data.spool import Corpus
 from quire.data.vocabulary import Policy, adapted
 from quire.errors import UserError
-from quire.progress import Update, bar
+from quire.progress import Update, bar, say
 from quire.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
 from quire.tokenizers.tokenizer import Unknown
 
@@ -89,7 +89,11 @@ def split(documents: Documents) -> tuple[Documents, Documents, str]:
     kept = documents[:last]
     training = kept.listed(folder / "training.bin", chain((part for _, part in kept.chunks()), [cut]))
     held_out = documents.listed(folder / "validation.bin", reversed(aside))
-    return training, held_out, f"the last {room / total:.0%} of the text" if total else ""
+    return (
+        training,
+        held_out,
+        f"the last {room / total:.{0 if room > total / 100 else 1}%} of the text" if total else "",
+    )
 
 
 def prepare(
@@ -171,13 +175,21 @@ def fitted(kind: str, vocabulary_size: int, training: Documents, held_out: Docum
         except UserError:  # not there, or damaged
             with bar("fitting the tokenizer") as show:
                 total = sum(part.sizes[1] for part in parts)
-                texts = _counted(chain.from_iterable(part.texts() for part in parts), total, show)
+                texts = counted(chain.from_iterable(part.texts() for part in parts), total, show)
                 tokenizer = TOKENIZERS[kind].train(texts, vocabulary_size)
             tokenizer.save(path)
+            note_size(tokenizer, vocabulary_size)
     return tokenizer
 
 
-def _counted(texts: Iterable[str], total: int, show: Update) -> Iterator[str]:
+def note_size(tokenizer: Tokenizer, wanted: int) -> None:
+    """Say where a tokenizer has not the size that was asked for, and why."""
+    if wanted and tokenizer.vocabulary_size != wanted:
+        why = "it takes every character there is" if tokenizer.kind == "character" else "the text gives no more"
+        say(f"The vocabulary has {tokenizer.vocabulary_size:,} tokens, not {wanted:,}: {why}.")
+
+
+def counted(texts: Iterable[str], total: int, show: Update) -> Iterator[str]:
     """The same texts, shown on a bar as they go by."""
     done = shown = 0
     for text in texts:

@@ -25,7 +25,7 @@ def adapted(tokenizer: Tokenizer, training: Documents, held_out: Documents, unkn
     share = 1 - missing / (training.sizes[1] + held_out.sizes[1])
     shown = ", ".join(f"{piece!r} ({count:,})" for piece, count in both.most_common(5))
     known = f"{share:.2%} of the text is in the tokenizer's vocabulary"
-    known += f"; it lacks {len(both):,}: {shown}{', ...' if len(both) > 5 else ''}."
+    known += f"; it lacks {len(both):,}: {shown}{' ...' if len(both) > 5 else '.'}"
     if unknown == "error" and not isinstance(tokenizer, BytesTokenizer):  # which spell what they lack by its bytes
         raise UserError(f"{known} Say --unknown grow to learn them, skip to leave them out, or replace.")
     say(known)

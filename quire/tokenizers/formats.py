@@ -158,7 +158,8 @@ def from_hugging_face(table: dict[str, Any], where: str = "tokenizer.json") -> B
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{where} is not a tokenizer.json of byte-level BPE: {error!r} in it.") from error
+        problem = f"it has no {error}" if isinstance(error, KeyError) else "a part of it is of the wrong kind"
+        raise UserError(f"{where} is not a tokenizer.json of byte-level BPE: {problem}.") from error
     whole = {token: number for number, token in enumerate(tokens) if len(token) > 1}
     whole = whole if model.get("ignore_merges") else {}
     return _made(tokens, triples, specials, pattern, whole, where, own.get("separator"), own.get("padding"))

@@ -34,7 +34,7 @@ class Stage:
         share, colon, rest = word.partition(":")
         context, _, text = rest.partition(":")
         if not colon:
-            raise UserError(f"--curriculum {word!r} is no stage: write {FORM}.")
+            raise UserError(f"--curriculum {word!r} is no stage: write {FORM}. TEXT stands before the flags.")
         try:
             part = float(share)
         except ValueError:
