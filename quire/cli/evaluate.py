@@ -43,8 +43,10 @@ def run(words: list[str]) -> int:
     print(f"validation loss  {found.validation_loss:.4f} nats per token")
     print(f"perplexity       {found.perplexity:.4f}")
     print(f"bits per byte    {found.bits_per_byte:.4f}")
-    print(
-        f"measured on      {found.tokens:,} tokens, {found.bytes:,} bytes, in windows of {found.context_length}", end=""
-    )
-    print("" if found.stride is None else f" overlapping, a stride of {found.stride} tokens (not the standard measure)")
+    overlapping = f" overlapping, a stride of {found.stride} tokens (not the standard measure)" if found.stride else ""
+    windows = f"in windows of {found.context_length}{overlapping}"
+    print(f"measured on      {found.tokens:,} tokens, {found.bytes:,} bytes, {windows}")
+    if found.unknown:
+        what = "left out" if given.unknown == "skip" else "replaced"
+        print(f"unknown          {found.unknown:,} characters {what}: the figures are for the rest of the text")
     return 0

@@ -17,7 +17,7 @@ from quire.errors import UserError
 from quire.evaluation.loss import total_loss
 from quire.run import Run
 from quire.tokenizers import Tokenizer
-from quire.tokenizers.tokenizer import Unknown
+from quire.tokenizers.tokenizer import BytesTokenizer, Unknown
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Evaluation:
     bytes: int
     context_length: int
     stride: int | None = None  # None: windows side by side, the standard measure
+    unknown: int | None = None  # characters that were skipped or replaced: the figures are for the rest; None: none
 
 
 def evaluate(
@@ -49,11 +50,12 @@ def evaluate(
     run = run if isinstance(run, Run) else Run(run)
     if texts:
         settings = replace(from_table(DataSettings, run.config.get("data", {}), "data"), encoding=encoding)
-        tokens, size = _encoded(run.tokenizer, read(texts, settings), unknown)
+        tokens, size, lost = _encoded(run.tokenizer, read(texts, settings), unknown)
     else:
-        tokens, size = run.validation_tokens(), run.manifest["validation"]["bytes"]
+        tokens, size, lost = run.validation_tokens(), run.manifest["validation"]["bytes"], 0
     where = choose_device(device)
-    return measure(run.model(where), run.settings.context_length, run.tokenizer, tokens, size, where, stride)
+    found = measure(run.model(where), run.settings.context_length, run.tokenizer, tokens, size, where, stride)
+    return replace(found, unknown=lost or None)
 
 
 def measure(
@@ -77,15 +79,18 @@ def bits_per_byte(total: float, size: int) -> float:
     return total / math.log(2) / size
 
 
-def _encoded(tokenizer: Tokenizer, corpus: Corpus, unknown: Unknown) -> tuple[np.ndarray, int]:
-    """The token stream of a corpus, and the bytes of what was encoded (unknown characters left out or replaced)."""
+def _encoded(tokenizer: Tokenizer, corpus: Corpus, unknown: Unknown) -> tuple[np.ndarray, int, int]:
+    """The token stream of a corpus, the bytes of what was encoded, and the characters left out of it or replaced."""
     kind, parts = token_type(tokenizer.vocabulary_size), []
     size = corpus.documents.sizes[0] if unknown == "error" else 0
     for part in stream(tokenizer, corpus.documents.pieces(), unknown):
         parts.append(part.astype(kind))
         if unknown != "error":
             size += len(tokenizer.decode(part).encode())
+    lost = 0
+    if unknown != "error" and not isinstance(tokenizer, BytesTokenizer):  # which lose nothing
+        lost = sum(tokenizer.unknown(text).total() for text in corpus.documents.texts())
     corpus.close()
     if not size:
         raise UserError("Nothing of this text is in the model's vocabulary: there is nothing to measure.")
-    return np.concatenate(parts), size
+    return np.concatenate(parts), size, lost
