@@ -46,7 +46,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_text(VERSE * 60)
     (tmp_path / "names.txt").write_text("\n".join(f"anna bert carla dora {i}" for i in range(200)))
     (tmp_path / "letters").mkdir()
-    (tmp_path / "letters" / "one.md").write_text("the night calls upon the owl, and none wake\n" * 60)
+    (tmp_path / "letters" / "one.md").write_text("the night calls upon the owl, that fright\n" * 60)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "cache"))
     return tmp_path

@@ -70,7 +70,7 @@ def _stream(
             told = size
         yield document
     origin.update(sha256=digest.hexdigest(), bytes=size)
-    check_first(text, digest.hexdigest())
+    check_first(f"{text} ({field})", digest.hexdigest())
 
 
 def _rows(datasets: Any, text: str, name: str, options: dict[str, str], field: str) -> Iterator[dict[str, Any]]:

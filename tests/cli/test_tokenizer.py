@@ -98,7 +98,10 @@ def test_compare_shows_figures_and_how_a_sentence_splits(desk: Path, quire) -> N
         ("train byte-bpe book.txt --vocabulary-size 257", "--vocabulary-size 257 is too small for a byte-bpe"),
         ("train byte-bpe book.txt --pattern gpt3", "--pattern 'gpt3' is not known"),
         ("train bpe book.txt --rule google", "--rule 'google' is not known"),
-        ("train word book.txt --out .", "is a folder"),
+        ("train word book.txt --out .", ". is no file to write a tokenizer to"),
+        ("train word book.txt --out -", "- is no file to write a tokenizer to"),
+        ("train word book.txt --out book.txt", "book.txt exists already. Name another file with --out"),
+        ("compare one.txt", "too short to compare"),
         ("train word book.txt --out t.tiktoken", "only a byte-bpe tokenizer can be written as ranks"),
         ("encode gpt3 book.txt", "There is no tokenizer at gpt3"),
         ("encode book.txt book.txt", "is damaged, or no tokenizer"),
@@ -116,6 +119,7 @@ def test_mistakes(desk: Path, quire, words: str, sentence: str) -> None:
     quire("tokenizer", "train", "word", "book.txt", "--vocabulary-size", "300", "--out", "t.json")
     Path("binary").write_bytes(b"\xff\xfe\x00\x01")
     Path("words.json").write_text('{"ids": ["a"]}')
+    Path("one.txt").write_text("a")
     Path("large.json").write_text("[0, 5000]")
     there = sorted(desk.iterdir())
     said = quire("tokenizer", *words.split())

@@ -253,5 +253,5 @@ def test_a_tokenizer_to_use_as_it_is(tmp_path):
     CharacterTokenizer.train(["abcdefgh"]).save(tmp_path / "tokenizer.json")
     found = prepare(Corpus.of(["abc" * 200]), str(tmp_path / "tokenizer.json"))
     assert found.tokenizer.to_table() == {"characters": list("abcdefgh")}
-    with pytest.raises(UserError, match="lacks 'x'"):
+    with pytest.raises(UserError, match=r"lacks 1: 'x' \(200\)\. Say --unknown grow"):
         prepare(Corpus.of(["abx" * 200]), str(tmp_path / "tokenizer.json"))

@@ -240,7 +240,7 @@ def test_a_mistake_found_by_another_process_is_a_mistake_here(small, monkeypatch
     monkeypatch.setattr(encode, "usable_cores", lambda: 2)
     CharacterTokenizer.train(["".join(TEXTS).replace("ß", "")]).save(tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match="lacks 'ß'"):
-        prepare(Corpus.of(TEXTS), str(tmp_path / "tokenizer.json"))
+        prepare(Corpus.of(TEXTS), str(tmp_path / "tokenizer.json"), settled=True)  # nobody has looked before
 
 
 def test_a_process_that_ends_is_told_of(small, monkeypatch):

@@ -39,8 +39,8 @@ def test_a_saved_tokenizer_is_the_same(name, texts, tmp_path):
 
 
 def test_ranks_are_written_and_read_back(small, texts, tmp_path):
-    write_ranks(small, tmp_path / "own.tiktoken")
-    again = load_tokenizer(tmp_path / "own.tiktoken", "cl100k")
+    write_ranks(small, tmp_path / "own.cl100k.tiktoken")
+    again = load_tokenizer(tmp_path / "own.cl100k.tiktoken")
     assert isinstance(again, ByteBPETokenizer)
     assert again.merges == small.merges and not again.whole
     for text in texts(300):
@@ -144,7 +144,7 @@ BYTES = {bytes([byte]): byte for byte in range(256)}
     ("data", "sentence"),
     [
         (b"", r"is not a list of ranks"),
-        (b"YQ== 0\nYg==\n", r"bad\.tiktoken, line 2, is not a token in base64 and its rank"),
+        (b"YQ== 0\nYg==\n", r"bad\.gpt2\.tiktoken, line 2, is not a token in base64 and its rank"),
         (b"YQ== 0\nY?== 1\n", r"line 2, is not a token in base64"),
         (b"YQ== x\n", r"line 1, is not a token in base64"),
         (b"YQ== 0\nYg== 0\n", r"some rank is negative, or stands twice"),
@@ -157,18 +157,19 @@ BYTES = {bytes([byte]): byte for byte in range(256)}
     ],
 )
 def test_damaged_ranks(data, sentence, tmp_path):
-    (tmp_path / "bad.tiktoken").write_bytes(data)
+    (tmp_path / "bad.gpt2.tiktoken").write_bytes(data)
     with pytest.raises(UserError, match=sentence):
-        load_tokenizer(tmp_path / "bad.tiktoken", "gpt2")
+        load_tokenizer(tmp_path / "bad.gpt2.tiktoken")
 
 
 def test_ranks_need_a_pattern(tmp_path):
     (tmp_path / "own.tiktoken").write_bytes(lines(BYTES))
-    with pytest.raises(UserError, match=r"does not say how text is split\. Say --pattern"):
+    with pytest.raises(UserError, match=r"how its text is split\. .*: rename it to own\.gpt2\.tiktoken or"):
         load_tokenizer(tmp_path / "own.tiktoken")
     with pytest.raises(UserError, match=r"--pattern 'gtp2' is not known\. Did you mean gpt2"):
         from_ranks(BYTES, "gtp2", {})
-    assert load_tokenizer(tmp_path / "own.tiktoken", "gpt2").decode([104, 105]) == "hi"
+    (tmp_path / "own.tiktoken").rename(tmp_path / "own.gpt2.tiktoken")
+    assert load_tokenizer(tmp_path / "own.gpt2.tiktoken").decode([104, 105]) == "hi"
 
 
 @pytest.mark.parametrize(
