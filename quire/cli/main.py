@@ -26,7 +26,7 @@ HELP = f"""Quire trains a language model of your own on text of your own, on the
 
 usage: quire COMMAND ...
 
-{chr(10).join(f"  {name:10}{text}" for name, text in COMMANDS.items())}
+{chr(10).join(f"  {name:11}{text}" for name, text in COMMANDS.items())}
 
 `quire COMMAND --help` tells more. A first model: quire train (on Shakespeare), or quire train YOUR.txt
 """
