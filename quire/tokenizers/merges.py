@@ -11,7 +11,7 @@ The C core does both in the same way for bytes; it is faster, and gives the same
 """
 
 import heapq
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -37,46 +37,25 @@ def learn(
     `join(left, right, number)` is the symbol that merge `number` makes. Of the pairs that occur most often it is the
     smallest, the largest, or the one that stands first in the words; none that occurs less than `fewest` times.
     """
-    rows = [list(word) for word in words]
-    weights = list(words.values())
-    counts: Counter[Pair] = Counter()
-    where: defaultdict[Pair, set[int]] = defaultdict(set)  # rows that may hold the pair
-    for number, row in enumerate(rows):
-        for pair in pairwise(row):
-            counts[pair] += weights[number]
-            where[pair].add(number)
-    queue = [_Candidate(count, pair, ties) for pair, count in counts.items()]
+    row = _Row(words)
+    queue = [_Candidate(count, pair, ties) for pair, count in row.counts.items()]
     heapq.heapify(queue)
     learned: list[Pair] = []
     while queue and len(learned) < merges:
         best = heapq.heappop(queue)
-        if best.count != counts[best.pair]:  # it has changed since it was put here: a newer entry stands for it
+        if best.count != row.counts[best.pair]:  # it has changed since it was put here: a newer entry stands for it
             continue
         if best.count < fewest:
             break
         if ties == "first":
-            best = _standing_first(best, queue, counts, where, rows)
+            best = _standing_first(best, queue, row)
         joined = join(*best.pair, len(learned))
         learned.append(best.pair)
-        changes: Counter[Pair] = Counter()
-        for number in where.pop(best.pair):
-            old, new = rows[number], merged(rows[number], best.pair, joined)
-            if len(new) == len(old):
-                continue
-            rows[number] = new
-            for pair in pairwise(old):
-                changes[pair] -= weights[number]
-            for pair in pairwise(new):
-                changes[pair] += weights[number]
-                where[pair].add(number)
-        for pair, change in changes.items():
-            if not change:  # it stands as often as before, and so does its place in the queue
-                continue
-            counts[pair] += change
-            if counts[pair] > 0:
-                heapq.heappush(queue, _Candidate(counts[pair], pair, ties))
+        for pair in row.merge(best.pair, joined):
+            if row.counts[pair] > 0:
+                heapq.heappush(queue, _Candidate(row.counts[pair], pair, ties))
             else:
-                del counts[pair]
+                del row.counts[pair]
     return learned
 
 
@@ -162,29 +141,70 @@ class _Candidate:
         return self.pair > other.pair if self.ties == "largest" else self.pair < other.pair
 
 
-def _standing_first(
-    best: _Candidate,
-    queue: list[_Candidate],
-    counts: Counter[Pair],
-    where: defaultdict[Pair, set[int]],
-    rows: list[list[Symbol]],
-) -> _Candidate:
+class _Row:
+    """All words in one row, and for each pair how often it occurs and where: a merge touches its own places only."""
+
+    def __init__(self, words: Mapping[Any, int]) -> None:
+        self.symbols: list[Symbol | None] = [None]  # None: between words, and what was merged into the symbol before
+        self.weights = [0]  # of each place: how often its word occurs
+        for word, count in words.items():
+            self.symbols += [*word, None]
+            self.weights += [count] * (len(word) + 1)
+        self.before, self.after = list(range(-1, len(self.symbols) - 1)), list(range(1, len(self.symbols) + 1))
+        self.counts: Counter[Pair] = Counter()
+        self.places: defaultdict[Pair, deque[int]] = defaultdict(deque)  # in order; some may be gone
+        for place in range(len(self.symbols) - 1):
+            self.gain(place)
+
+    def pair_at(self, place: int) -> Pair | None:
+        """The symbol at a place with the next one, if both are there."""
+        if self.symbols[place] is None or self.symbols[self.after[place]] is None:
+            return None
+        return self.symbols[place], self.symbols[self.after[place]]
+
+    def gain(self, place: int) -> Pair | None:
+        """Count the pair that begins at a place."""
+        if (pair := self.pair_at(place)) is not None:
+            self.counts[pair] += self.weights[place]
+            self.places[pair].append(place)
+        return pair
+
+    def lose(self, place: int) -> Pair | None:
+        """Count it no longer."""
+        if (pair := self.pair_at(place)) is not None:
+            self.counts[pair] -= self.weights[place]
+        return pair
+
+    def first(self, pair: Pair) -> int:
+        """The first place where a pair stands."""
+        places = self.places[pair]
+        while self.pair_at(places[0]) != pair:
+            places.popleft()
+        return places[0]
+
+    def merge(self, pair: Pair, joined: Symbol) -> set[Pair]:
+        """Put `joined` in the place of the pair, from the first to the last; gives the pairs whose counts changed."""
+        changed: set[Pair | None] = set()
+        for place in self.places.pop(pair):
+            if self.pair_at(place) != pair:
+                continue
+            previous, second = self.before[place], self.after[place]
+            changed |= {self.lose(previous), self.lose(place), self.lose(second)}
+            self.symbols[place], self.symbols[second] = joined, None
+            self.after[place] = self.after[second]
+            self.before[self.after[place]] = place
+            changed |= {self.gain(previous), self.gain(place)}
+        return {pair for pair in changed if pair is not None}
+
+
+def _standing_first(best: _Candidate, queue: list[_Candidate], row: _Row) -> _Candidate:
     """Of the pairs that occur as often as `best`, the one that stands first; the others stay in the queue."""
     equal = [best]
     while queue and queue[0].count == best.count:
         other = heapq.heappop(queue)
-        if counts[other.pair] == other.count:
+        if row.counts[other.pair] == other.count:
             equal.append(other)
-
-    def place(candidate: _Candidate) -> tuple[int, int]:
-        pair = candidate.pair
-        for number in sorted(where[pair]):
-            pairs = list(pairwise(rows[number]))
-            if pair in pairs:
-                return number, pairs.index(pair)
-        raise AssertionError("a pair that is counted stands somewhere")
-
-    equal.sort(key=place)
+    equal.sort(key=lambda candidate: row.first(candidate.pair))
     for other in equal[1:]:
         heapq.heappush(queue, other)
     return equal[0]
