@@ -1,8 +1,8 @@
-"""From Shakespeare to ten kilobytes of Jules Verne: fine-tuning, measured on more of the new text before and after.
+"""From Shakespeare to ten kilobytes of Wikipedia: fine-tuning, measured on more of the new text before and after.
 
     python benchmarks/finetune_cpu.py [--minutes 2] [--steps 150]
 
-A model of tiny-shakespeare; the same fine-tuned on the first 10,240 bytes of the novels, whose new characters become
+A model of tiny-shakespeare; the same fine-tuned on the first 10,240 bytes of the articles, whose new characters become
 tokens; and a model of those bytes alone, trained for as many steps. All are measured on the next 200,000 bytes, which
 none of them has seen. The base lacks some characters of it, and leaves them out. Prints a table and writes JSON.
 """
@@ -28,7 +28,7 @@ def main() -> None:
     """Train, fine-tune, measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, default=SHARED / "tinyshakespeare.txt")
-    parser.add_argument("--other", type=Path, default=SHARED / "jules_verne_4M.txt")
+    parser.add_argument("--other", type=Path, default=SHARED / "wikitext2_valid.txt")
     parser.add_argument("--minutes", type=float, default=2.0, help="of training of the base")
     parser.add_argument("--steps", type=int, default=150, help="of fine-tuning, and of the model from nothing")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/finetune_cpu.json"))
