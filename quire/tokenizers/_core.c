@@ -470,7 +470,7 @@ static void learner_free(Learner *l) {
 
 enum { SHORT = 48, CACHED = 1 << 17 }; /* bytes of a piece that is searched again and again; pieces in the cache */
 #ifndef WINDOW
-#define WINDOW (1 << 16) /* bytes of a long piece at once: what the cache of a core holds */
+#define WINDOW (1 << 14) /* bytes of a long piece at once: what the cache of a core holds */
 #endif
 
 /* Of a long piece: the tokens over its bytes, each token's id at its first and its last byte. A place, where a token
@@ -489,7 +489,7 @@ typedef struct {
     VECTOR(int32_t) merged;    /* by rank: the token that it makes */
     int32_t *size;             /* by id: bytes of the token */
     Pieces whole, cache;       /* tokens for whole pieces only; pieces met before */
-    VECTOR(int32_t) cached, out;
+    VECTOR(int32_t) cached;    /* ids of the pieces met before */
     VECTOR(Place) row;
     List *waiting;             /* by rank; all empty in between */
     Heap heap;                 /* ranks whose list is not empty, as -count */
@@ -541,9 +541,9 @@ static void wait_no_more(Encoder *e, Place *row, int32_t place) {
     *(after < 0 ? &e->waiting[~after].tail : &row[after].before) = before;
 }
 
-/* The same in a time that grows as the length does: places wait in a list for each rank. The ids go to e->out. */
+/* The same in a time that grows as the length does: places wait in a list for each rank. The ids stay in e->row. */
 static int apply_window(Encoder *e, Bytes s, size_t n) {
-    if (n > INT32_MAX - 2 || !reserve(e->row, n + 2) || !reserve(e->out, n)) return 0;
+    if (n > INT32_MAX - 2 || !reserve(e->row, n + 2)) return 0;
     Place *row = e->row.at;
     const int32_t *size = e->size;
     row[0].id = row[n + 1].id = -1;
@@ -564,68 +564,61 @@ static int apply_window(Encoder *e, Bytes s, size_t n) {
         }
         if (e->waiting[now].head >= 0 && !heap_push(&e->heap, (Candidate){-(int64_t)now, 0})) return 0;
     }
-    for (size_t k = 1; k <= n; k += (size_t)size[row[k].id]) e->out.at[e->out.count++] = row[k].id;
     return 1;
 }
 
 /* A piece of any length, in windows. Where tokens a and b are what "ab" becomes, no merge ever reaches across their
    border: before the first one that did, both sides would change as they do alone, so that it would come up in "ab"
    too. Two rows that meet in such a border are what all of it becomes. Where they do not, larger windows. */
-static int apply_long(Encoder *e, Bytes s, size_t n) {
-    size_t start = e->out.count, from = 0, window = WINDOW;
-    for (;;) {
-        size_t begin = e->out.count, length = n - from < window ? n - from : window;
-        if (!apply_window(e, s + from, length)) return 0;
-        size_t end = e->out.count, fits = 1;
-        if (from) {
-            int32_t a = e->out.at[begin - 1], b = e->out.at[begin];
-            if (!apply_window(e, s + from - e->size[a], (size_t)(e->size[a] + e->size[b]))) return 0;
-            fits = e->out.count == end + 2 && e->out.at[end] == a && e->out.at[end + 1] == b;
-        }
-        e->out.count = end;
-        if (fits && from + length == n) return 1;
-        size_t most = from + length - length / 8; /* the last tokens would often change with what follows */
-        e->out.count = begin;
-        while (fits && from + (size_t)e->size[e->out.at[e->out.count]] <= most) from += (size_t)e->size[e->out.at[e->out.count++]];
-        if (e->out.count == begin) e->out.count = start, from = 0, window *= 2;
-    }
+static int apply_long(Encoder *e, Bytes s, size_t n, int32_t *out, size_t *made) {
+    size_t from = 0, window = WINDOW, count = 0, begin, fits, k;
+    for (;; window *= 2, from = count = 0)
+        do {
+            size_t length = n - from < window ? n - from : window, most = from + length;
+            if (!apply_window(e, s + from, length)) return 0;
+            if (most < n) most -= length / 8; /* the last tokens would often change with what follows */
+            for (k = 1, begin = count; k <= length && from + (size_t)e->size[e->row.at[k].id] <= most; count++) {
+                out[count] = e->row.at[k].id;
+                k += (size_t)e->size[out[count]], from += (size_t)e->size[out[count]];
+            }
+            fits = count > begin;
+            if (begin && fits) {
+                size_t a = (size_t)e->size[out[begin - 1]], b = (size_t)e->size[out[begin]];
+                if (!apply_window(e, s + from - (k - 1) - a, a + b)) return 0;
+                fits = e->row.at[1].id == out[begin - 1] && e->row.at[1 + a].id == out[begin];
+            }
+            if (fits && from == n) return *made = count, 1;
+        } while (fits);
 }
 
-/* The ids of a text, into e->out; 0 where memory is out. */
-static int encode_text(Encoder *e, const Reader *r) {
-    int32_t id[SHORT];
-    e->out.count = 0;
-    for (size_t i = 0, end; i < r->length; i = end) {
+/* The ids of a text, at most as many as it has bytes, into `out`; their number into *made; 0 where memory is out. */
+static int encode_text(Encoder *e, const Reader *r, int32_t *out, size_t *made) {
+    int32_t *start = out;
+    for (size_t i = 0, end, count; i < r->length; i = end, out += count) {
         end = piece_end(r, i, e->pattern);
         Bytes s = r->text + i;
         size_t n = end - i, room = r->length - i;
-        if (n > SHORT) {
-            const Piece *whole = piece_at(&e->whole, s, n, room, 0);
-            if (whole ? !reserve(e->out, 1) : !apply_long(e, s, n)) return 0;
-            if (whole) e->out.at[e->out.count++] = (int32_t)whole->value;
+        Piece *piece = n > SHORT ? NULL : piece_at(&e->cache, s, n, room, 1);
+        if (n <= SHORT && !piece) return 0;
+        if (piece && piece->ids) { /* met before */
+            count = piece->ids;
+            if (count == 1) *out = (int32_t)piece->value;
+            else memcpy(out, e->cached.at + piece->value, count * sizeof *out);
             continue;
         }
+        const Piece *whole = piece_at(&e->whole, s, n, room, 0);
+        if (whole) *out = (int32_t)whole->value, count = 1;
+        else if (piece) count = apply_short(e, s, n, out);
+        else if (!apply_long(e, s, n, out, &count)) return 0;
+        if (!piece) continue;
+        piece->ids = (uint32_t)count, piece->value = count == 1 ? *out : (int64_t)e->cached.count;
+        if (count > 1) {
+            if (!reserve(e->cached, count)) return 0;
+            memcpy(e->cached.at + e->cached.count, out, count * sizeof *out), e->cached.count += count;
+        }
         if (e->cache.list.count >= CACHED) pieces_free(&e->cache), e->cached.count = 0;
-        Piece *piece = piece_at(&e->cache, s, n, room, 1);
-        if (!piece) return 0;
-        if (!piece->ids) {
-            const Piece *whole = piece_at(&e->whole, s, n, room, 0);
-            size_t made = whole ? 1 : apply_short(e, s, n, id);
-            if (whole) id[0] = (int32_t)whole->value;
-            piece->value = made == 1 ? id[0] : (int64_t)e->cached.count;
-            if (made > 1) {
-                if (!reserve(e->cached, made)) return 0;
-                memcpy(e->cached.at + e->cached.count, id, made * sizeof *id), e->cached.count += made;
-            }
-            piece->ids = (uint32_t)made;
-        }
-        if (!reserve(e->out, piece->ids)) return 0;
-        if (piece->ids == 1) e->out.at[e->out.count++] = (int32_t)piece->value;
-        else {
-            memcpy(e->out.at + e->out.count, e->cached.at + piece->value, piece->ids * sizeof *id);
-            e->out.count += piece->ids;
-        }
     }
+    *made = (size_t)(out - start);
     return 1;
 }
 
@@ -704,7 +697,7 @@ static PyObject *train(PyObject *self, PyObject *args) {
 static void encoder_free(PyObject *capsule) {
     Encoder *e = PyCapsule_GetPointer(capsule, "quire.encoder");
     pieces_free(&e->whole), pieces_free(&e->cache);
-    free(e->ranks.slots), free(e->merged.at), free(e->size), free(e->cached.at), free(e->out.at);
+    free(e->ranks.slots), free(e->merged.at), free(e->size), free(e->cached.at);
     free(e->row.at), free(e->waiting), free(e->heap.at);
     Py_XDECREF(e->owner);
     free(e);
@@ -753,19 +746,22 @@ static PyObject *encoder(PyObject *self, PyObject *args) {
 
 static PyObject *encode(PyObject *self, PyObject *args) {
     PyObject *capsule;
-    Py_buffer text;
+    Py_buffer text, ids;
+    size_t made = 0;
     int good;
     (void)self;
-    if (!PyArg_ParseTuple(args, "Oy*", &capsule, &text)) return NULL;
+    if (!PyArg_ParseTuple(args, "Oy*w*", &capsule, &text, &ids)) return NULL;
     Encoder *e = PyCapsule_GetPointer(capsule, "quire.encoder");
-    if (!e) return PyBuffer_Release(&text), NULL;
-    Reader r = {text.buf, e->classes, (size_t)text.len};
-    Py_BEGIN_ALLOW_THREADS
-    good = encode_text(e, &r);
-    Py_END_ALLOW_THREADS
-    PyBuffer_Release(&text);
-    if (!good) return PyErr_NoMemory();
-    return PyBytes_FromStringAndSize((char *)e->out.at, (Py_ssize_t)(e->out.count * sizeof *e->out.at));
+    if (e && (size_t)ids.len < (size_t)text.len * sizeof(int32_t)) PyErr_SetString(PyExc_ValueError, "too few ids");
+    else if (e) {
+        Reader r = {text.buf, e->classes, (size_t)text.len};
+        Py_BEGIN_ALLOW_THREADS
+        good = encode_text(e, &r, ids.buf, &made);
+        Py_END_ALLOW_THREADS
+        if (!good) PyErr_NoMemory();
+    }
+    PyBuffer_Release(&text), PyBuffer_Release(&ids);
+    return PyErr_Occurred() ? NULL : PyLong_FromSize_t(made);
 }
 
 static PyObject *split(PyObject *self, PyObject *args) {
@@ -793,7 +789,7 @@ static PyMethodDef methods[] = {
     {"train", train, METH_VARARGS, "train(counter, merges, fewest) -> int32 pairs of ids, as bytes; empties the counter"},
     {"held", held, METH_O, "held(counter) -> bytes of memory that a counter holds"},
     {"encoder", encoder, METH_VARARGS, "encoder(byte_ids, merges, whole, sizes, classes, pattern) -> an encoder"},
-    {"encode", encode, METH_VARARGS, "encode(encoder, text) -> int32 ids, as bytes; an encoder serves one thread"},
+    {"encode", encode, METH_VARARGS, "encode(encoder, text, ids) -> how many int32 ids it wrote; an encoder serves one thread"},
     {NULL, NULL, 0, NULL},
 };
 

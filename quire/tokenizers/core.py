@@ -76,12 +76,11 @@ class Encoder:
     def encode(self, text: bytes) -> np.ndarray:
         """The ids of `text`, int32."""
         if fast is None:
-            ids: list[int] = []
-            for piece in _pieces(text, self.pattern):
-                ids += self._encode_piece(piece)
-            return np.array(ids, dtype=np.int32)
+            found = [number for piece in _pieces(text, self.pattern) for number in self._encode_piece(piece)]
+            return np.array(found, dtype=np.int32)
         encoder = _taken(self._idle) or self._make()
-        ids = np.frombuffer(fast.encode(encoder, text), dtype=np.int32)
+        ids = np.empty(len(text), dtype=np.int32)
+        ids.resize(fast.encode(encoder, text, ids), refcheck=False)
         self._idle.append(encoder)  # not where memory ran out: such a one is not used again
         return ids
 

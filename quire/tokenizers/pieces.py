@@ -21,8 +21,8 @@ PIECE = 8
 class PieceCounts(Generic[AnyStr]):
     """How often each piece occurs, as far as there is room; `counts` begins with those met first."""
 
-    def __init__(self, room: int = ROOM_IN_PYTHON) -> None:
-        self.room = room
+    def __init__(self, room: int = 0) -> None:
+        self.room = room or ROOM_IN_PYTHON
         self.counts: Counter[AnyStr] = Counter()
 
     def add(self, texts: Iterable[AnyStr], split: Callable[[AnyStr], Iterable[AnyStr]]) -> "PieceCounts[AnyStr]":

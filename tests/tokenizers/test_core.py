@@ -86,6 +86,7 @@ def test_the_sanitizers_are_at_work(tmp_path):
 
 LIVES = """
 import os
+import numpy as np
 from quire.tokenizers import core
 from quire.tokenizers.byte_bpe import from_merges
 
@@ -97,7 +98,7 @@ def life():
     tokenizer.whole[b"zzz"] = 5
     assert tokenizer.decode_bytes(tokenizer.encode_bytes(text)) == text
     core.fast.split(text, core.character_classes(), 1)
-    for wrong, *rest in ((core.fast.count, b"", 0, 9), (core.fast.encode,)):
+    for wrong, *rest in ((core.fast.count, b"", 0, 9), (core.fast.encode, np.empty(len(text), np.int32))):
         try:
             wrong(tokenizer, text, *rest)
         except ValueError:
