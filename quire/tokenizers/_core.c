@@ -23,7 +23,8 @@ typedef const uint8_t *Bytes;
 
 /* A vector that doubles. `reserve` makes room for some more elements; it gives 0 where memory is out. */
 #define VECTOR(type) struct { type *at; size_t count, room; }
-#define reserve(v, more) ((v).count + (more) <= (v).room || grow(&(v).at, &(v).room, (v).count + (more), sizeof *(v).at))
+#define reserve(v, more) ((v).count + (more) <= (v).room || \
+                          grow(&(v).at, &(v).room, (v).count + (more), sizeof *(v).at))
 
 static int grow(void *at, size_t *room, size_t least, size_t width) { /* at: the address of a pointer, of any type */
     size_t wanted = *room ? 2 * *room : 256;
@@ -125,9 +126,8 @@ static size_t piece_end(const Reader *r, size_t i, int pattern) {
 
 typedef struct { uint64_t first; int64_t value; uint32_t where, length, ids; } Piece;
 typedef struct { uint32_t tag, number; } Slot; /* number: of a piece, from 1; 0: an empty slot */
-typedef struct { VECTOR(Piece) list; VECTOR(uint8_t) text; Slot *slots; size_t mask, size; } Pieces; /* size: see Piece */
-
 enum { PIECE = 8 }; /* what a piece counts for in `size` besides its bytes, as in pieces.py */
+typedef struct { VECTOR(Piece) list; VECTOR(uint8_t) text; Slot *slots; size_t mask, size; } Pieces;
 
 /* Up to eight bytes as a number; `room` bytes may be read. */
 static uint64_t first_bytes(Bytes s, size_t length, size_t room) {
@@ -239,8 +239,9 @@ static int pieces_join(Pieces *to, Pieces *from) {
 
 /* ---- a table of pairs ---- */
 
-typedef struct { uint64_t key; int64_t count; uint32_t first, places; } Pair; /* key: left id + 1, right id; count: or rank */
-typedef struct { Pair *slots; size_t mask, count; int64_t fewest; } Pairs;    /* rarer ones are gone when the table grows */
+/* key: left id + 1, right id; count: or rank. Pairs that have become rarer than `fewest` go when the table grows. */
+typedef struct { uint64_t key; int64_t count; uint32_t first, places; } Pair;
+typedef struct { Pair *slots; size_t mask, count; int64_t fewest; } Pairs;
 
 static uint64_t pair_key(int32_t left, int32_t right) { return (uint64_t)(left + 1) << 32 | (uint32_t)right; }
 
@@ -784,12 +785,12 @@ static PyObject *split(PyObject *self, PyObject *args) {
 static PyMethodDef methods[] = {
     {"split", split, METH_VARARGS, "split(text, classes, pattern) -> the pieces of text (bytes)"},
     {"counter", counter, METH_NOARGS, "counter() -> an empty count of pieces"},
-    {"count", count, METH_VARARGS, "count(counter, text, classes, pattern, longest): count the pieces of text, in one thread"},
-    {"join", join, METH_VARARGS, "join(counter, other, room): move the counts of the other to the first; keep what has room"},
-    {"train", train, METH_VARARGS, "train(counter, merges, fewest) -> int32 pairs of ids, as bytes; empties the counter"},
+    {"count", count, METH_VARARGS, "count(counter, text, classes, pattern, longest): count pieces, in one thread"},
+    {"join", join, METH_VARARGS, "join(counter, other, room): move the counts of the other; keep what has room"},
+    {"train", train, METH_VARARGS, "train(counter, merges, fewest) -> int32 pairs of ids; empties the counter"},
     {"held", held, METH_O, "held(counter) -> bytes of memory that a counter holds"},
     {"encoder", encoder, METH_VARARGS, "encoder(byte_ids, merges, whole, sizes, classes, pattern) -> an encoder"},
-    {"encode", encode, METH_VARARGS, "encode(encoder, text, ids) -> how many int32 ids it wrote; an encoder serves one thread"},
+    {"encode", encode, METH_VARARGS, "encode(encoder, text, ids) -> how many int32 ids it wrote, in one thread"},
     {NULL, NULL, 0, NULL},
 };
 

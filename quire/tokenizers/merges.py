@@ -60,13 +60,10 @@ def learn(
         learned.append(best.pair)
         changes: Counter[Pair] = Counter()
         for number in where.pop(best.pair):
-            old, new = rows[number], merged(rows[number], best.pair, joined)
-            if len(new) == len(old):
-                continue
-            rows[number] = new
-            for pair in pairwise(old):
+            rows[number], lost, gained = _merged_with_changes(rows[number], best.pair, joined)
+            for pair in lost:
                 changes[pair] -= weights[number]
-            for pair in pairwise(new):
+            for pair in gained:
                 changes[pair] += weights[number]
                 where[pair].add(number)
         for pair, change in changes.items():
@@ -91,6 +88,29 @@ def merged(row: Sequence[Symbol], pair: Pair, joined: Symbol) -> list[Symbol]:
             result.append(row[i])
             i += 1
     return result
+
+
+def _merged_with_changes(row: list[Symbol], pair: Pair, joined: Symbol) -> tuple[list[Symbol], list[Pair], list[Pair]]:
+    """The same, with the pairs of neighbours that are gone and those that are new, as often as they are."""
+    left, right = pair
+    result: list[Symbol] = []
+    lost: list[Pair] = []
+    gained: list[Pair] = []
+    done = 0  # symbols of the row that are in the result
+    for i in [i for i, both in enumerate(pairwise(row)) if both == pair]:
+        if i < done:  # a a a: the middle one is merged already
+            continue
+        result += row[done:i]
+        if result:  # its last symbol may be one that was joined a moment ago: what that gained is lost again
+            lost.append((result[-1], left))
+            gained.append((result[-1], joined))
+        lost.append(pair)
+        if i + 2 < len(row):
+            lost.append((right, row[i + 2]))
+            gained.append((joined, row[i + 2]))
+        result.append(joined)
+        done = i + 2
+    return result + row[done:], lost, gained
 
 
 def apply(row: Sequence[Symbol], ranks: Ranks) -> list[Symbol]:

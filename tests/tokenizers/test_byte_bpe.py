@@ -46,7 +46,8 @@ def test_ids_are_tiktokens(pair, name, texts, request):
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_of_real_texts_are_tiktokens(name, published_pair, shared_texts):
     ours, oracle = published_pair[name]
-    for file, text in shared_texts:
+    for file, whole in shared_texts:  # all of them whole: benchmarks/tokenizer_campaign.py
+        text = whole[:200_000]
         ids = ours.encode_array(text)
         assert np.array_equal(ids, np.array(oracle.encode_ordinary(text))), file
         assert ours.decode(ids) == text, file
