@@ -2,12 +2,15 @@
 
     python benchmarks/tokenizer_campaign.py [--data ../shared/data] [--generated 100000] [--any 20000] [--json OUT]
 
-Prints a table and writes JSON; exits with 1 if anything differed. Needs tiktoken, hypothesis. About ten minutes.
+Prints a table and writes JSON; exits with 1 if anything differed. Needs tiktoken, hypothesis. About seven minutes.
 
 ids         gpt2 and cl100k against tiktoken: generated texts that mix scripts, contractions, numbers and white space,
             property-based ones (hypothesis), and every text of the folder
 round trips byte level: any bytes; word and bpe: any text; character: text over its vocabulary
-steps       4,000 merges of tiny-shakespeare by the published steps, one by one, and the number of distinct tokens
+core        the C core and the reference: the same merges and the same ids of every text of the folder, each with its
+            own merges, at 4,096 and at 32,768 tokens (fewer where no pair is left that occurs twice)
+steps       4,000 merges of tiny-shakespeare by the rule of the published steps, and the number of distinct tokens; the
+            first --steps of them beside the steps themselves, one by one (all 4,000: seven minutes)
 """
 
 import argparse
@@ -25,8 +28,9 @@ import tiktoken_ext.openai_public as public
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quire.tokenizers import ByteBPETokenizer, CharacterTokenizer, Tokenizer, WordTokenizer, load_tokenizer
-from quire.tokenizers.bpe import BPETokenizer, build_vocab, get_stats, get_tokens, merge_vocab
+from quire.tokenizers import ByteBPETokenizer, CharacterTokenizer, Tokenizer, WordTokenizer, core, load_tokenizer
+from quire.tokenizers.bpe import END, BPETokenizer, build_vocab, get_stats, get_tokens, merge_vocab
+from quire.tokenizers.merges import apply
 
 _spec = importlib.util.spec_from_file_location(
     "hard_texts", Path(__file__).resolve().parents[1] / "tests" / "tokenizers" / "conftest.py"
@@ -82,12 +86,7 @@ def ids(data: Path, generated: int, any_: int) -> dict[str, dict[str, int]]:
         wrong = sum(not same(hard.hard_text(rng)) for _ in range(generated))
         found[f"{name}: generated texts"] = {"cases": generated, "differed": wrong}
         found[f"{name}: property-based texts"] = on_any(st.text(max_size=60), any_, same)
-        texts = []
-        for path in sorted(data.iterdir()):
-            try:
-                texts.append(path.read_bytes().decode())
-            except UnicodeDecodeError:
-                continue
+        texts = texts_of(data).values()
         found[f"{name}: files of the folder"] = {"cases": len(texts), "differed": sum(not same(text) for text in texts)}
     return found
 
@@ -122,11 +121,40 @@ def round_trips(data: Path, number: int) -> dict[str, dict[str, int]]:
     return found
 
 
-def published_steps(data: Path, merges: int) -> dict[str, Any]:
+def texts_of(data: Path) -> dict[str, str]:
+    """Every text of the folder."""
+    found = {}
+    for path in sorted(data.iterdir()):
+        try:
+            found[path.name] = path.read_bytes().decode()
+        except UnicodeDecodeError:
+            continue
+    return found
+
+
+def core_and_reference(data: Path) -> dict[str, dict[str, int]]:
+    """Texts whose merges or ids are not the same with the C core and without it."""
+    fast = core.fast
+    if fast is None:
+        sys.exit("the C core is not compiled: install Quire where there is a C compiler")
+    found = {f"core, reference: {size} tokens": {"cases": 0, "differed": 0} for size in (4096, 32768)}
+    for text in texts_of(data).values():
+        for size, row in zip((4096, 32768), found.values()):
+            results = []
+            for core.fast in (fast, None):
+                made = ByteBPETokenizer.train([text], size)
+                results.append((made.merges, made.encode_array(text).tolist()))
+            row["cases"] += 1
+            row["differed"] += results[0] != results[1]
+            core.fast = fast
+    return found
+
+
+def published_steps(data: Path, merges: int, steps_shown: int) -> dict[str, Any]:
     """The steps as they are published, and the same merges by the tokenizer class."""
     text = (data / "tinyshakespeare.txt").read_text(encoding="utf-8")
     start, vocab, learned = time.process_time(), build_vocab(text), []
-    for _ in range(merges):
+    for _ in range(steps_shown):
         pairs = get_stats(vocab)
         best = max(pairs, key=lambda pair: pairs[pair])
         vocab = merge_vocab(best, vocab)
@@ -134,12 +162,19 @@ def published_steps(data: Path, merges: int) -> dict[str, Any]:
     steps = time.process_time() - start
     start = time.process_time()
     trained = BPETokenizer.train([text], rule="published", count=merges)
+    seconds = time.process_time() - start
+    words = [(*word, END) for word in set(text.split())]
+    ranks = {pair: (rank, "".join(pair)) for rank, pair in enumerate(trained.learned)}
+    rows = [apply(word, ranks) for word in words]
+    first = {pair: known for pair, known in ranks.items() if known[0] < steps_shown}
+    tokens = {symbol for word in words for symbol in apply(word, first)}
     return {
         "merges": merges,
-        "distinct_tokens": len(get_tokens(vocab)),
-        "the_same_by_the_class": trained.learned == learned,
+        "distinct_tokens": len({symbol for row in rows for symbol in row}),
+        "steps": steps_shown,
+        "the_same_by_the_class": trained.learned[:steps_shown] == learned and tokens == set(get_tokens(vocab)),
         "seconds_of_the_steps": round(steps, 1),
-        "seconds_of_the_class": round(time.process_time() - start, 1),
+        "seconds_of_the_class": round(seconds, 1),
     }
 
 
@@ -149,15 +184,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="the folder of texts and ranks")
     parser.add_argument("--generated", type=int, default=100_000, help="generated texts, and round trips of each kind")
     parser.add_argument("--any", type=int, default=20_000, help="property-based texts")
-    parser.add_argument("--merges", type=int, default=4000, help="published steps")
+    parser.add_argument("--merges", type=int, default=4000, help="by the rule of the published steps")
+    parser.add_argument("--steps", type=int, default=300, help="of them beside the steps themselves")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/tokenizer_campaign.json"))
     given_ = parser.parse_args()
     if not (given_.data / "gpt2_vocab.bpe").is_file():
         sys.exit(f"{given_.data}/gpt2_vocab.bpe is absent: give --data, the folder of texts and ranks.")
-    cases = {**ids(given_.data, given_.generated, given_.any), **round_trips(given_.data, given_.generated)}
+    cases = {**core_and_reference(given_.data), **ids(given_.data, given_.generated, given_.any)}
+    cases |= round_trips(given_.data, given_.generated)
     for name, row in cases.items():
         print(f"{name:34} {row['cases']:8} cases, {row['differed']} differed")
-    steps = published_steps(given_.data, given_.merges)
+    steps = published_steps(given_.data, given_.merges, given_.steps)
     print(f"published steps: {steps}")
     given_.json.parent.mkdir(parents=True, exist_ok=True)
     figures = {"tiktoken": tiktoken.__version__, "cases": cases, "published_steps": steps}

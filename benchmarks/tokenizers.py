@@ -137,25 +137,23 @@ def encoder(tool: str, parts: list[str], threads: int, file: Path) -> Callable[[
 
 
 def linear(tool: str, kind: str, file: Path) -> Figures:
-    """Encoding and training a text of one kind and one ten times as long; each the median of three."""
+    """Encoding and training a text of one kind and one ten times as long, in turn; each the median of five."""
     from quire.tokenizers import ByteBPETokenizer, core, load_tokenizer
 
     use(tool)
     ours = load_tokenizer(file)
     assert isinstance(ours, ByteBPETokenizer)
     size, merges = (1_000_000, SIZE) if tool == "core" else (10_000, 64)
-    seconds: dict[str, list[float]] = {"encode": [], "train": []}
-    for length in (size, 10 * size):
-        data = monotonous(kind, length)
-        runs: dict[str, list[float]] = {"encode": [], "train": []}
-        for _ in range(3):
+    texts = {"short": monotonous(kind, size), "long": monotonous(kind, 10 * size)}
+    runs: dict[str, dict[str, list[float]]] = {task: {"short": [], "long": []} for task in ("encode", "train")}
+    for _ in range(5):
+        for name, data in texts.items():
             fresh = core.Encoder(ours.tokens, ours.merges, {}, "gpt2")
             fresh.encode(b"a")
-            runs["encode"].append(timed(partial(fresh.encode, data))[1]["cpu"])
-            runs["train"].append(timed(partial(core.learn, [data], "gpt2", merges, 1))[1]["cpu"])
-        for task, each in runs.items():
-            seconds[task].append(statistics.median(each))
-    return {task: {"short": short, "long": long, "ratio": long / short} for task, (short, long) in seconds.items()}
+            runs["encode"][name].append(timed(partial(fresh.encode, data))[1]["cpu"])
+            runs["train"][name].append(timed(partial(core.learn, [data], "gpt2", merges, 1))[1]["cpu"])
+    found = {task: {name: statistics.median(each) for name, each in of.items()} for task, of in runs.items()}
+    return {task: {**each, "ratio": each["long"] / each["short"]} for task, each in found.items()}
 
 
 def monotonous(kind: str, size: int) -> bytes:

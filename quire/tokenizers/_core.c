@@ -4,7 +4,7 @@
    as in merges.py, which read like the algorithms and are where to begin. Here every step is a few loads and stores:
 
    - a piece is found by a scan of its bytes, and looked up in a hash table keyed by its first eight bytes;
-   - learning keeps, for each pair, the list of the places where it stands, so that a merge touches nothing else;
+   - learning keeps, for each pair, the places where it stands, so that a merge touches nothing else;
    - applying merges to a long piece does the same, and to a short one simply looks for the lowest rank again.
 
    Python objects appear in the last section only, and the interpreter's lock is released around all the work. */
@@ -14,9 +14,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "first_bytes() reads the bytes of a word in little-endian order; elsewhere the Python reference serves"
@@ -24,28 +21,19 @@
 
 typedef const uint8_t *Bytes;
 
-/* A vector that doubles. `reserve` makes room for one more element; it gives 0 where memory is out. */
+/* A vector that doubles. `reserve` makes room for some more elements; it gives 0 where memory is out. */
 #define VECTOR(type) struct { type *at; size_t count, room; }
-#define double_room(v) grow(&(v).at, &(v).room, sizeof *(v).at)
-#define reserve(v) ((v).count < (v).room || double_room(v))
+#define reserve(v, more) ((v).count + (more) <= (v).room || \
+                          grow(&(v).at, &(v).room, (v).count + (more), sizeof *(v).at))
 
-static int grow(void *at, size_t *room, size_t width) { /* at: the address of a pointer, of whatever type */
+static int grow(void *at, size_t *room, size_t least, size_t width) { /* at: the address of a pointer, of any type */
     size_t wanted = *room ? 2 * *room : 256;
     void *old, *moved;
     memcpy(&old, at, sizeof old);
+    if (wanted < least) wanted = least;
     if (!(moved = realloc(old, wanted * width))) return 0;
     memcpy(at, &moved, sizeof moved), *room = wanted;
     return 1;
-}
-
-/* Memory for a row: of a long one the pages are large, or the kernel spends as much time on them as the work takes. */
-static void *row_memory(size_t size) {
-    char *at = malloc(size);
-#ifdef MADV_HUGEPAGE
-    size_t page = 1 << 21, skip = at ? (page - (uintptr_t)at % page) % page : 0;
-    if (at && size > skip + page) madvise(at + skip, (size - skip) / page * page, MADV_HUGEPAGE);
-#endif
-    return at;
 }
 
 /* ---- splitting: patterns.py by hand ---- */
@@ -56,12 +44,11 @@ enum { GPT2, CL100K, CL100K_HF };
 typedef struct { Bytes text, classes; size_t length; } Reader; /* classes: one byte for each code point */
 
 /* The class of the character at i, and its bytes in *size. A byte that begins no valid UTF-8 is a character OTHER. */
-static int class_at(const Reader *r, size_t i, size_t *size) {
+static int wide_class_at(const Reader *r, size_t i, size_t *size) {
     Bytes s = r->text + i;
     size_t left = r->length - i;
     uint32_t code = s[0];
     *size = 1;
-    if (code < 0x80) return r->classes[code];
 #define TAIL(k) (left > k && (s[k] & 0xC0) == 0x80)
     if (code >= 0xC2 && code < 0xE0 && TAIL(1)) {
         *size = 2;
@@ -80,6 +67,12 @@ static int class_at(const Reader *r, size_t i, size_t *size) {
         return r->classes[code];
     }
     return OTHER;
+}
+
+static inline int class_at(const Reader *r, size_t i, size_t *size) { /* most bytes are a character each */
+    if (r->text[i] >= 0x80) return wide_class_at(r, i, size);
+    *size = 1;
+    return r->classes[r->text[i]];
 }
 
 /* The end of the run of characters of one class that begins at i; *last is where its last character begins. */
@@ -129,10 +122,12 @@ static size_t piece_end(const Reader *r, size_t i, int pattern) {
     return last > i && end < r->length ? last : end;
 }
 
-/* ---- a table of pieces ---- */
+/* ---- a table of pieces, in the order in which they were first met ---- */
 
-typedef struct { uint64_t first, where; uint32_t length, ids; int64_t value; } Piece; /* length 0: an empty slot */
-typedef struct { Piece *slots; size_t mask, count; VECTOR(uint8_t) text; } Pieces;     /* text: the pieces' bytes */
+typedef struct { uint64_t first; int64_t value; uint32_t where, length, ids; } Piece;
+typedef struct { uint32_t tag, number; } Slot; /* number: of a piece, from 1; 0: an empty slot */
+enum { PIECE = 8 }; /* what a piece counts for in `size` besides its bytes, as in pieces.py */
+typedef struct { VECTOR(Piece) list; VECTOR(uint8_t) text; Slot *slots; size_t mask, size; } Pieces;
 
 /* Up to eight bytes as a number; `room` bytes may be read. */
 static uint64_t first_bytes(Bytes s, size_t length, size_t room) {
@@ -148,98 +143,105 @@ static uint64_t mix(uint64_t x) { /* every bit, the highest too, counts in the l
     return x ^ x >> 32;
 }
 
-static int pieces_resize(Pieces *p, size_t slots) {
-    Piece *old = p->slots, *fresh = calloc(slots, sizeof *fresh);
+static int pieces_resize(Pieces *p) {
+    size_t mask = p->slots ? 2 * p->mask + 1 : (1 << 12) - 1;
+    Slot *fresh = calloc(mask + 1, sizeof *fresh);
     if (!fresh) return 0;
-    for (size_t i = 0; old && i <= p->mask; i++) {
-        if (!old[i].length) continue;
-        uint64_t hash = mix(old[i].first ^ old[i].length);
-        for (size_t k = 8; k < old[i].length; k += 8)
-            hash = mix(hash ^ first_bytes(p->text.at + old[i].where + k, old[i].length - k, 0));
-        size_t slot = hash & (slots - 1);
-        while (fresh[slot].length) slot = (slot + 1) & (slots - 1);
-        fresh[slot] = old[i];
+    for (size_t i = 0, slot; p->slots && i <= p->mask; i++) {
+        if (!p->slots[i].number) continue;
+        for (slot = p->slots[i].tag & mask; fresh[slot].number; slot = (slot + 1) & mask) {}
+        fresh[slot] = p->slots[i];
     }
-    free(old);
-    p->slots = fresh, p->mask = slots - 1;
+    free(p->slots);
+    p->slots = fresh, p->mask = mask;
     return 1;
 }
 
-/* The entry of a piece, made (value 0) where there is none; NULL where memory is out. `room` as in first_bytes.
-   With `make` 0 nothing is made: NULL where there is none. */
-static Piece *piece_at(Pieces *p, Bytes s, size_t length, size_t room, int make) {
-    if (!make && !p->count) return NULL;
-    if (length > UINT32_MAX || (p->count * 2 >= p->mask && !pieces_resize(p, p->slots ? 2 * (p->mask + 1) : 1 << 12)))
-        return NULL;
-    uint64_t first = first_bytes(s, length, room), hash = mix(first ^ length);
-    for (size_t k = 8; k < length; k += 8) hash = mix(hash ^ first_bytes(s + k, length - k, room - k));
-    for (size_t slot = hash & p->mask;; slot = (slot + 1) & p->mask) {
-        Piece *piece = p->slots + slot;
-        if (!piece->length) {
-            if (!make) return NULL;
-            size_t kept = length > 8 ? length : 0; /* short ones are in `first` already */
-            while (p->text.count + kept > p->text.room)
-                if (!double_room(p->text)) return NULL;
-            if (kept) memcpy(p->text.at + p->text.count, s, kept);
-            *piece = (Piece){.first = first, .where = p->text.count, .length = (uint32_t)length};
-            p->text.count += kept, p->count++;
-            return piece;
-        }
-        if (piece->first == first && piece->length == length &&
-            (length <= 8 || !memcmp(p->text.at + piece->where + 8, s + 8, length - 8)))
-            return piece;
-    }
+static void pieces_free(Pieces *p) {
+    free(p->list.at), free(p->text.at), free(p->slots);
+    memset(p, 0, sizeof *p);
 }
-
-static void pieces_free(Pieces *p) { free(p->slots), free(p->text.at), memset(p, 0, sizeof *p); }
 
 static Bytes piece_bytes(const Pieces *p, const Piece *piece) {
     return piece->length > 8 ? p->text.at + piece->where : (Bytes)&piece->first;
 }
 
-static int count_pieces(Pieces *p, const Reader *r, int pattern) {
-    for (size_t i = 0, end; i < r->length; i = end) {
-        end = piece_end(r, i, pattern);
-        Piece *piece = piece_at(p, r->text + i, end - i, r->length - i, 1);
-        if (!piece) return 0;
-        piece->value++;
+/* The entry of a piece, made (value 0) where there is none; NULL where memory is out. `room` as in first_bytes.
+   With `make` 0 nothing is made: NULL where there is none. */
+static Piece *piece_at(Pieces *p, Bytes s, size_t length, size_t room, int make) {
+    if (!make && !p->list.count) return NULL;
+    if (p->list.count * 2 >= p->mask && !pieces_resize(p)) return NULL;
+    uint64_t first = first_bytes(s, length, room), hash = mix(first ^ length);
+    for (size_t k = 8; k < length; k += 8) hash = mix(hash ^ first_bytes(s + k, length - k, room - k));
+    size_t slot = hash & p->mask;
+    for (; p->slots[slot].number; slot = (slot + 1) & p->mask) {
+        Piece *piece = p->list.at + p->slots[slot].number - 1;
+        if (p->slots[slot].tag == (uint32_t)hash && piece->first == first && piece->length == length &&
+            (length <= 8 || !memcmp(p->text.at + piece->where + 8, s + 8, length - 8)))
+            return piece;
     }
+    size_t kept = length > 8 ? length : 0, where = p->text.count; /* short ones are in `first` already */
+    if (!make || where + length > UINT32_MAX || !reserve(p->list, 1) || !reserve(p->text, kept)) return NULL;
+    if (kept) memcpy(p->text.at + where, s, kept);
+    p->text.count += kept, p->size += length + PIECE;
+    p->list.at[p->list.count++] = (Piece){.first = first, .where = (uint32_t)where, .length = (uint32_t)length};
+    p->slots[slot] = (Slot){(uint32_t)hash, (uint32_t)p->list.count};
+    return p->list.at + p->list.count - 1;
+}
+
+static int count_pieces(Pieces *p, const Reader *r, int pattern, size_t longest) {
+    for (size_t i = 0, end, length; i < r->length;)
+        for (end = piece_end(r, i, pattern); i < end; i += length) {
+            length = end - i < longest ? end - i : longest;
+            Piece *piece = piece_at(p, r->text + i, length, r->length - i, 1);
+            if (!piece) return 0;
+            piece->value++;
+        }
     return 1;
 }
 
-/* ---- places of pairs: a row of tokens over bytes, each token's id at its first and its last byte ---- */
-
-/* The tokens of one or several pieces, an id of -1 between pieces. A place is where a token begins; it is in one
-   list, that of the pair it makes with the next token (learning) or of that pair's rank (applying). */
-typedef struct { int32_t *id, *before, *after; } Row;
-typedef struct { int32_t head, tail; } List;
-
-static int row_make(Row *row, size_t length) {
-    row->id = row_memory(3 * length * sizeof *row->id);
-    row->before = row->id + length, row->after = row->id + 2 * length;
-    return row->id != NULL;
+static int by_count(const void *a, const void *b) { /* the most frequent first, of equally frequent ones the first */
+    const Piece *one = a, *other = b;
+    if (one->value != other->value) return one->value > other->value ? -1 : 1;
+    return one->ids < other->ids ? -1 : 1;
 }
 
-/* Into the list in order of place: nearly always at its end. */
-static void list_add(Row *row, List *list, int32_t place) {
-    int32_t before = list->tail;
-    while (before > place) before = row->before[before];
-    int32_t after = before < 0 ? list->head : row->after[before];
-    row->before[place] = before, row->after[place] = after;
-    *(before < 0 ? &list->head : &row->after[before]) = place;
-    *(after < 0 ? &list->tail : &row->before[after]) = place;
+/* Where the pieces take more than `room`: only the most frequent, as many as half of it holds. */
+static int pieces_prune(Pieces *p, size_t room) {
+    Pieces kept = {0};
+    if (p->size <= room) return 1;
+    for (size_t i = 0; i < p->list.count; i++) p->list.at[i].ids = (uint32_t)i;
+    qsort(p->list.at, p->list.count, sizeof *p->list.at, by_count);
+    for (size_t i = 0; i < p->list.count; i++) {
+        const Piece *piece = p->list.at + i;
+        if (kept.size + piece->length + PIECE > room / 2) break;
+        Piece *copy = piece_at(&kept, piece_bytes(p, piece), piece->length, piece->length, 1);
+        if (!copy) return pieces_free(&kept), 0;
+        copy->value = piece->value;
+    }
+    pieces_free(p);
+    *p = kept;
+    return 1;
 }
 
-static void list_remove(Row *row, List *list, int32_t place) {
-    int32_t before = row->before[place], after = row->after[place];
-    *(before < 0 ? &list->head : &row->after[before]) = after;
-    *(after < 0 ? &list->tail : &row->before[after]) = before;
+/* Add the counts of `from`, and empty it. */
+static int pieces_join(Pieces *to, Pieces *from) {
+    for (size_t i = 0; i < from->list.count; i++) {
+        const Piece *piece = from->list.at + i;
+        Piece *sum = piece_at(to, piece_bytes(from, piece), piece->length, piece->length, 1);
+        if (!sum) return 0;
+        sum->value += piece->value;
+    }
+    if (from->slots) memset(from->slots, 0, (from->mask + 1) * sizeof *from->slots);
+    from->list.count = from->text.count = from->size = 0;
+    return 1;
 }
 
 /* ---- a table of pairs ---- */
 
-typedef struct { uint64_t key; int64_t count; List places; } Pair; /* key: left id + 1, right id; count: or rank */
-typedef struct { Pair *slots; size_t mask, count; } Pairs;
+/* key: left id + 1, right id; count: or rank. Pairs that have become rarer than `fewest` go when the table grows. */
+typedef struct { uint64_t key; int64_t count; uint32_t first, places; } Pair;
+typedef struct { Pair *slots; size_t mask, count; int64_t fewest; } Pairs;
 
 static uint64_t pair_key(int32_t left, int32_t right) { return (uint64_t)(left + 1) << 32 | (uint32_t)right; }
 
@@ -251,16 +253,19 @@ static Pair *pair_find(const Pairs *p, uint64_t key) { /* its slot, or the empty
 
 static Pair *pair_at(Pairs *p, uint64_t key) { /* made where there is none; NULL where memory is out */
     if (p->count * 2 >= p->mask) {
-        size_t slots = p->slots ? 2 * (p->mask + 1) : 1 << 12, old_mask = p->mask;
-        Pair *old = p->slots, *fresh = calloc(slots, sizeof *fresh);
+        size_t old_mask = p->mask, alive = 0;
+        Pair *old = p->slots;
+        for (size_t i = 0; old && i <= old_mask; i++) alive += old[i].key && old[i].count >= p->fewest;
+        size_t slots = !old ? 1 << 12 : alive * 4 > old_mask ? 2 * (old_mask + 1) : old_mask + 1;
+        Pair *fresh = calloc(slots, sizeof *fresh);
         if (!fresh) return NULL;
-        p->slots = fresh, p->mask = slots - 1;
+        p->slots = fresh, p->mask = slots - 1, p->count = alive;
         for (size_t i = 0; old && i <= old_mask; i++)
-            if (old[i].key) *pair_find(p, old[i].key) = old[i];
+            if (old[i].key && old[i].count >= p->fewest) *pair_find(p, old[i].key) = old[i];
         free(old);
     }
     Pair *pair = pair_find(p, key);
-    if (!pair->key) *pair = (Pair){.key = key, .places = {-1, -1}}, p->count++;
+    if (!pair->key) *pair = (Pair){.key = key}, p->count++;
     return pair;
 }
 
@@ -272,7 +277,7 @@ typedef VECTOR(Candidate) Heap;
 static int precedes(Candidate a, Candidate b) { return a.count != b.count ? a.count > b.count : a.key < b.key; }
 
 static int heap_push(Heap *h, Candidate c) {
-    if (!reserve(*h)) return 0;
+    if (!reserve(*h, 1)) return 0;
     size_t i = h->count++;
     for (; i && precedes(c, h->at[(i - 1) / 2]); i = (i - 1) / 2) h->at[i] = h->at[(i - 1) / 2];
     h->at[i] = c;
@@ -293,104 +298,188 @@ static Candidate heap_pop(Heap *h) {
 
 /* ---- learning merges ---- */
 
+/* All pieces in one row of bytes, -1 between them. A token's id stands at its first and its last byte; at what was the
+   first byte of a token that was merged with the one before it stands GONE. So a place where a pair once stood can be
+   told from one where it still stands, and no list of places needs to be kept up to date.
+
+   All places of a pair come up in one step, that which makes the later one of its two tokens; afterwards its count only
+   falls. So a pair that is too rare after that step is never looked at again, and each list is written once. */
+enum { GONE = -2 };
+typedef struct { int32_t id, piece; } Byte;
+typedef struct { int32_t neighbour, place; } Met;
+typedef struct { int64_t lost, gained; uint32_t first, places; } Change; /* of the pair of a token and its neighbour */
+typedef VECTOR(Met) Mets;
+
 typedef struct {
-    Row row;
-    int64_t *weight;           /* of each place: how often its piece occurs */
+    Byte *row;
+    int64_t *weight;           /* of each piece: how often it occurs */
+    int64_t fewest;
     Pairs pairs;
+    VECTOR(int32_t) places;    /* of a pair: from its `first` on, ascending */
     VECTOR(int32_t) size;      /* bytes of each token */
-    VECTOR(uint64_t) fresh;    /* pairs first met in this step */
+    VECTOR(int32_t) merges;    /* pairs of ids */
+    VECTOR(Change) before;     /* by neighbour, for the step at hand; all zero in between */
+    VECTOR(Change) after;
+    Mets met_before, met_after;
     Heap heap;
 } Learner;
 
-static int pair_gain(Learner *l, int32_t left, int32_t right, int32_t place) {
-    Pair *pair = pair_at(&l->pairs, pair_key(left, right));
-    if (!pair || !reserve(l->fresh)) return 0;
-    if (!pair->count) l->fresh.at[l->fresh.count++] = pair->key;
-    pair->count += l->weight[place];
-    list_add(&l->row, &pair->places, place);
-    return 1;
+/* Take note of a new pair, if it is frequent enough, and make room for its places. */
+static int pair_new(Learner *l, int32_t left, int32_t right, Change *change) {
+    if (change->gained < l->fewest) return 1;
+    uint64_t key = pair_key(left, right);
+    Pair *pair = pair_at(&l->pairs, key);
+    if (!pair || !reserve(l->places, change->places)) return 0;
+    change->first = (uint32_t)l->places.count;
+    *pair = (Pair){key, change->gained, change->first, change->places};
+    l->places.count += change->places;
+    return heap_push(&l->heap, (Candidate){change->gained, key});
 }
 
-static void pair_lose(Learner *l, int32_t left, int32_t right, int32_t place) {
+static void pair_lose(Learner *l, int32_t left, int32_t right, int64_t lost) {
     Pair *pair = pair_find(&l->pairs, pair_key(left, right));
-    pair->count -= l->weight[place];
-    list_remove(&l->row, &pair->places, place);
+    if (pair->key) pair->count -= lost;
+}
+
+/* The pairs of bytes: a step like any other, but for a pair of bytes instead of a neighbour. */
+static int learner_start(Learner *l, size_t length) {
+    Change *change = calloc(1 << 16, sizeof *change);
+    const Byte *row = l->row;
+    int good = change != NULL;
+    for (size_t k = 1; good && k + 1 < length; k++)
+        if (row[k].id >= 0 && row[k + 1].id >= 0) {
+            Change *c = change + (row[k].id << 8 | row[k + 1].id);
+            c->gained += l->weight[row[k].piece], c->places++;
+        }
+    for (int32_t pair = 0; good && pair < 1 << 16; pair++) good = pair_new(l, pair >> 8, pair & 255, change + pair);
+    for (size_t k = 1; good && k + 1 < length; k++)
+        if (row[k].id >= 0 && row[k + 1].id >= 0) {
+            Change *c = change + (row[k].id << 8 | row[k + 1].id);
+            if (c->gained >= l->fewest) l->places.at[c->first++] = (int32_t)k;
+        }
+    free(change);
+    return good;
 }
 
 /* Make token `merged` wherever `left` is followed by `right`, from the first place to the last. */
 static int merge_everywhere(Learner *l, int32_t left, int32_t right, int32_t merged) {
-    int32_t *id = l->row.id, *size = l->size.at, place;
-    while ((place = pair_find(&l->pairs, pair_key(left, right))->places.head) >= 0) {
-        int32_t second = place + size[left], next = second + size[right];
-        int32_t previous = id[place - 1] < 0 ? -1 : place - size[id[place - 1]];
-        if (previous >= 0) pair_lose(l, id[previous], left, previous);
-        if (id[next] >= 0) pair_lose(l, right, id[next], second);
-        pair_lose(l, left, right, place);
-        id[place] = id[next - 1] = merged;
-        if (previous >= 0 && !pair_gain(l, id[previous], merged, previous)) return 0;
-        if (id[next] >= 0 && !pair_gain(l, merged, id[next], place)) return 0;
+    Pair pair = *pair_find(&l->pairs, pair_key(left, right));
+    Byte *row = l->row;
+    const int32_t *size = l->size.at;
+    Change *before = l->before.at, *after = l->after.at;
+    if (!reserve(l->met_before, pair.places) || !reserve(l->met_after, pair.places)) return 0;
+    Met *met_before = l->met_before.at, *met_after = l->met_after.at;
+    for (uint32_t i = 0; i < pair.places; i++) {
+        int32_t place = l->places.at[pair.first + i], second = place + size[left], next = second + size[right];
+        if (row[place].id != left || row[second].id != right) continue;
+        int64_t weight = l->weight[row[place].piece];
+        int32_t x = row[place - 1].id, y = row[next].id;
+        row[second].id = GONE, row[place].id = row[next - 1].id = merged;
+        if (x >= 0) {
+            *met_before++ = (Met){x, place - size[x]};
+            before[x].gained += weight, before[x].places++;
+            if (x != merged) before[x].lost += weight;
+            else after[left].gained -= weight; /* what it was given a moment ago */
+        }
+        if (y >= 0) {
+            *met_after++ = (Met){y, place};
+            after[y].gained += weight, after[y].places++, after[y].lost += weight;
+        }
+    }
+    l->met_before.count = (size_t)(met_before - l->met_before.at);
+    l->met_after.count = (size_t)(met_after - l->met_after.at);
+    return 1;
+}
+
+/* The pairs of the new token with its neighbours, and how many the old pairs have lost. */
+static int count_again(Learner *l, int32_t left, int32_t right, int32_t merged) {
+    const Mets *met[2] = {&l->met_before, &l->met_after};
+    for (int side = 0; side < 2; side++) {
+        Change *changes = side ? l->after.at : l->before.at;
+        for (size_t i = 0; i < met[side]->count; i++) {
+            int32_t other = met[side]->at[i].neighbour, place = met[side]->at[i].place;
+            Change *change = changes + other;
+            if (change->places) { /* met for the first time */
+                side ? pair_lose(l, right, other, change->lost) : pair_lose(l, other, left, change->lost);
+                if (!(side ? pair_new(l, merged, other, change) : pair_new(l, other, merged, change))) return 0;
+                change->places = 0;
+            }
+            if (change->gained >= l->fewest) l->places.at[change->first++] = place;
+        }
+        for (size_t i = 0; i < met[side]->count; i++) changes[met[side]->at[i].neighbour] = (Change){0};
     }
     return 1;
 }
 
-static int push_fresh(Learner *l) {
-    for (; l->fresh.count; l->fresh.count--) {
-        uint64_t key = l->fresh.at[l->fresh.count - 1];
-        if (!heap_push(&l->heap, (Candidate){pair_find(&l->pairs, key)->count, key})) return 0;
-    }
+static int token_new(Learner *l, int32_t size) {
+    if (!reserve(l->size, 1) || !reserve(l->before, 1) || !reserve(l->after, 1)) return 0;
+    l->size.at[l->size.count++] = size;
+    l->before.at[l->before.count++] = l->after.at[l->after.count++] = (Change){0};
     return 1;
 }
 
-/* Lay the pieces out in one row, and list the places of every pair of bytes. */
-static int learner_fill(Learner *l, const Pieces *p, size_t length) {
-    int32_t *id = l->row.id, place = 0;
-    id[place++] = -1;
-    for (size_t i = 0; p->slots && i <= p->mask; i++) {
-        const Piece *piece = p->slots + i;
+/* Lay the pieces out in one row; they are freed. */
+static int learner_fill(Learner *l, Pieces *p, size_t length) {
+    l->row = malloc(length * sizeof *l->row), l->weight = malloc((p->list.count + 1) * sizeof *l->weight);
+    if (!l->row || !l->weight) return 0;
+    Byte *at = l->row;
+    *at++ = (Byte){-1, -1};
+    for (size_t i = 0; i < p->list.count; i++) {
+        const Piece *piece = p->list.at + i;
+        l->weight[i] = piece->value;
         if (piece->length < 2) continue;
         Bytes s = piece_bytes(p, piece);
-        for (uint32_t k = 0; k < piece->length; k++, place++) id[place] = s[k], l->weight[place] = piece->value;
-        id[place++] = -1;
+        for (uint32_t k = 0; k < piece->length; k++) *at++ = (Byte){s[k], (int32_t)i};
+        *at++ = (Byte){-1, -1};
     }
-    for (size_t k = 1; k + 1 < length; k++)
-        if (id[k] >= 0 && id[k + 1] >= 0 && !pair_gain(l, id[k], id[k + 1], (int32_t)k)) return 0;
-    for (int byte = 0; byte < 256; byte++) {
-        if (!reserve(l->size)) return 0;
-        l->size.at[l->size.count++] = 1;
-    }
-    return push_fresh(l);
+    pieces_free(p);
+    for (int byte = 0; byte < 256; byte++)
+        if (!token_new(l, 1)) return 0;
+    return learner_start(l, length);
 }
 
-/* Up to `wanted` merges as pairs of ids into `merges`; how many, or -1 where memory is out. Merge i makes 256 + i. */
-static int64_t learn(const Pieces *p, size_t wanted, int64_t fewest, int32_t *merges) {
-    size_t length = 1, made = 0;
-    for (size_t i = 0; p->slots && i <= p->mask; i++)
-        if (p->slots[i].length >= 2) length += p->slots[i].length + 1;
-    if (length > INT32_MAX) return -1;
-    Learner l = {0};
-    l.weight = row_memory(length * sizeof *l.weight);
-    int good = row_make(&l.row, length) && l.weight && learner_fill(&l, p, length);
-    while (good && made < wanted && l.heap.count) {
-        Candidate best = heap_pop(&l.heap);
-        int64_t count = pair_find(&l.pairs, best.key)->count;
-        if (count < fewest) continue;
+/* Up to `wanted` merges into l->merges; 0 where memory is out. Merge i makes 256 + i. */
+static int learn(Learner *l, Pieces *p, size_t wanted) {
+    size_t length = 1;
+    for (size_t i = 0; i < p->list.count; i++)
+        if (p->list.at[i].length >= 2) length += p->list.at[i].length + 1;
+    if (length > INT32_MAX / 3) return 0; /* gigabytes of distinct pieces: pruned counts are nowhere near */
+    if (!learner_fill(l, p, length)) return 0;
+    while (l->merges.count < 2 * wanted && l->heap.count) {
+        Candidate best = heap_pop(&l->heap);
+        int64_t count = pair_find(&l->pairs, best.key)->count;
+        int32_t left = (int32_t)(best.key >> 32) - 1, right = (int32_t)(uint32_t)best.key, merged = l->size.count;
+        if (count < l->fewest) continue;
         if (count != best.count) { /* it has lost places since it was put here */
-            good = heap_push(&l.heap, (Candidate){count, best.key});
+            if (!heap_push(&l->heap, (Candidate){count, best.key})) return 0;
             continue;
         }
-        int32_t left = (int32_t)(best.key >> 32) - 1, right = (int32_t)(uint32_t)best.key;
-        merges[2 * made] = left, merges[2 * made + 1] = right;
-        if (!(good = reserve(l.size))) break;
-        l.size.at[l.size.count++] = l.size.at[left] + l.size.at[right];
-        good = merge_everywhere(&l, left, right, (int32_t)(256 + made++)) && push_fresh(&l);
+        if (!reserve(l->merges, 2) || !token_new(l, l->size.at[left] + l->size.at[right])) return 0;
+        l->merges.at[l->merges.count++] = left, l->merges.at[l->merges.count++] = right;
+        if (!merge_everywhere(l, left, right, merged) || !count_again(l, left, right, merged)) return 0;
+        pair_find(&l->pairs, best.key)->count = 0;
     }
-    free(l.row.id), free(l.weight), free(l.pairs.slots), free(l.size.at), free(l.fresh.at), free(l.heap.at);
-    return good ? (int64_t)made : -1;
+    return 1;
+}
+
+static void learner_free(Learner *l) {
+    free(l->row), free(l->weight), free(l->pairs.slots), free(l->places.at), free(l->size.at), free(l->merges.at);
+    free(l->before.at), free(l->after.at), free(l->met_before.at), free(l->met_after.at), free(l->heap.at);
 }
 
 /* ---- applying merges ---- */
 
 enum { SHORT = 48, CACHED = 1 << 17 }; /* bytes of a piece that is searched again and again; pieces in the cache */
+#ifndef WINDOW
+#define WINDOW (1 << 14) /* bytes of a long piece at once: what the cache of a core holds */
+#endif
+
+/* Of a long piece: the tokens over its bytes, each token's id at its first and its last byte. A place, where a token
+   begins, waits in the list of the rank of the pair that it makes with the next token. Where a list ends, `before` of
+   its first place, `after` of its last and both of an empty one, stands ~rank. */
+typedef struct { int32_t id, before, after; } Place;
+typedef struct { int32_t head, tail; } List;
+enum { NO_RANK = INT32_MAX };
 
 typedef struct {
     Bytes classes;             /* kept alive by `owner` */
@@ -401,14 +490,15 @@ typedef struct {
     VECTOR(int32_t) merged;    /* by rank: the token that it makes */
     int32_t *size;             /* by id: bytes of the token */
     Pieces whole, cache;       /* tokens for whole pieces only; pieces met before */
-    VECTOR(int32_t) cached, out;
-    List *waiting;             /* by rank: places in the long piece at hand; all empty in between */
+    VECTOR(int32_t) cached;    /* ids of the pieces met before */
+    VECTOR(Place) row;
+    List *waiting;             /* by rank; all empty in between */
     Heap heap;                 /* ranks whose list is not empty, as -count */
 } Encoder;
 
 static int32_t rank_of(const Encoder *e, int32_t left, int32_t right) {
     const Pair *pair = left < 0 || right < 0 ? NULL : pair_find(&e->ranks, pair_key(left, right));
-    return pair && pair->key ? (int32_t)pair->count : INT32_MAX;
+    return pair && pair->key ? (int32_t)pair->count : NO_RANK;
 }
 
 /* The lowest rank first, of equal ones the leftmost: look for it until there is none. The ids go to `id`. */
@@ -420,7 +510,7 @@ static size_t apply_short(const Encoder *e, Bytes s, size_t n, int32_t *id) {
         size_t best = 0;
         for (size_t i = 1; i + 1 < n; i++)
             if (rank[i] < rank[best]) best = i;
-        if (rank[best] == INT32_MAX) break;
+        if (rank[best] == NO_RANK) break;
         id[best] = e->merged.at[rank[best]], n--;
         memmove(id + best + 1, id + best + 2, (n - best - 1) * sizeof *id);
         memmove(rank + best, rank + best + 1, (n - best - 1) * sizeof *rank);
@@ -430,85 +520,106 @@ static size_t apply_short(const Encoder *e, Bytes s, size_t n, int32_t *id) {
     return n;
 }
 
-/* Let a place wait for its pair's rank to come up. */
-static int wait_for_rank(Encoder *e, Row *row, int32_t *rank, int32_t place, int32_t left, int32_t right) {
-    rank[place] = rank_of(e, left, right);
-    if (rank[place] == INT32_MAX) return 1;
-    List *list = e->waiting + rank[place];
-    if (list->head < 0 && !heap_push(&e->heap, (Candidate){-(int64_t)rank[place], 0})) return 0;
-    list_add(row, list, place);
+/* Let a place wait for the rank of its pair, which is given: in order of place, nearly always at the end. */
+static int wait_for(Encoder *e, Place *row, int32_t place, int32_t rank) {
+    row[place].before = row[place].after = ~rank;
+    if (rank == NO_RANK) return 1;
+    List *list = e->waiting + rank;
+    if (list->head < 0 && !heap_push(&e->heap, (Candidate){-(int64_t)rank, 0})) return 0;
+    int32_t before = list->tail;
+    while (before > place) before = row[before].before;
+    int32_t after = before < 0 ? list->head : row[before].after;
+    row[place].before = before, row[place].after = after;
+    *(before < 0 ? &list->head : &row[before].after) = place;
+    *(after < 0 ? &list->tail : &row[after].before) = place;
     return 1;
 }
 
-/* The same for a piece of any length: the places wait in a list for each rank, so that the time grows as the length. */
-static int apply_long(Encoder *e, Bytes s, size_t n) {
-    Row row;
-    int32_t *rank = row_memory((n + 2) * sizeof *rank), *size = e->size;
-    int good = row_make(&row, n + 2) && rank;
-    int32_t *id = row.id;
-    if (good) id[0] = id[n + 1] = -1;
-    for (size_t k = 0; good && k < n; k++) id[k + 1] = e->byte_id[s[k]];
-    for (int32_t k = 1; good && k < (int32_t)n; k++) good = wait_for_rank(e, &row, rank, k, id[k], id[k + 1]);
-    if (good) rank[n] = INT32_MAX;
-    while (good && e->heap.count) {
-        int32_t now = (int32_t)-heap_pop(&e->heap).count, place, sooner = 0;
-        while (good && !sooner && (place = e->waiting[now].head) >= 0) {
-            int32_t second = place + size[id[place]], next = second + size[id[second]];
-            int32_t previous = id[place - 1] < 0 ? -1 : place - size[id[place - 1]];
-            if (previous >= 0 && rank[previous] != INT32_MAX) list_remove(&row, e->waiting + rank[previous], previous);
-            if (rank[second] != INT32_MAX) list_remove(&row, e->waiting + rank[second], second);
-            list_remove(&row, e->waiting + now, place);
-            id[place] = id[next - 1] = e->merged.at[now];
-            if (previous >= 0) good = wait_for_rank(e, &row, rank, previous, id[previous], id[place]);
-            good = good && wait_for_rank(e, &row, rank, place, id[place], id[next]);
-            sooner = rank[place] < now || (previous >= 0 && rank[previous] < now);
-        }
-        if (good && e->waiting[now].head >= 0) good = heap_push(&e->heap, (Candidate){-(int64_t)now, 0});
-    }
-    for (size_t k = 1; good && k <= n; k += (size_t)size[id[k]]) {
-        good = reserve(e->out);
-        if (good) e->out.at[e->out.count++] = id[k];
-    }
-    free(row.id), free(rank);
-    return good;
+static void wait_no_more(Encoder *e, Place *row, int32_t place) {
+    int32_t before = row[place].before, after = row[place].after;
+    if (before == ~NO_RANK) return;
+    *(before < 0 ? &e->waiting[~before].head : &row[before].after) = after;
+    *(after < 0 ? &e->waiting[~after].tail : &row[after].before) = before;
 }
 
-/* The ids of a text, into e->out; 0 where memory is out. */
-static int encode_text(Encoder *e, const Reader *r) {
-    int32_t id[SHORT];
-    e->out.count = 0;
-    for (size_t i = 0, end; i < r->length; i = end) {
+/* The same in a time that grows as the length does: places wait in a list for each rank. The ids stay in e->row. */
+static int apply_window(Encoder *e, Bytes s, size_t n) {
+    if (n > INT32_MAX - 2 || !reserve(e->row, n + 2)) return 0;
+    Place *row = e->row.at;
+    const int32_t *size = e->size;
+    row[0].id = row[n + 1].id = -1;
+    for (size_t k = 1; k <= n; k++) row[k].id = e->byte_id[s[k - 1]];
+    for (int32_t k = 1; k <= (int32_t)n; k++)
+        if (!wait_for(e, row, k, rank_of(e, row[k].id, row[k + 1].id))) return 0;
+    while (e->heap.count) {
+        int32_t now = (int32_t)-heap_pop(&e->heap).count, place, sooner = 0;
+        while (!sooner && (place = e->waiting[now].head) >= 0) {
+            int32_t second = place + size[row[place].id], next = second + size[row[second].id];
+            int32_t previous = row[place - 1].id < 0 ? 0 : place - size[row[place - 1].id];
+            if (previous) wait_no_more(e, row, previous);
+            wait_no_more(e, row, second), wait_no_more(e, row, place);
+            row[place].id = row[next - 1].id = e->merged.at[now];
+            int32_t left = rank_of(e, row[previous].id, row[place].id), right = rank_of(e, row[place].id, row[next].id);
+            if ((previous && !wait_for(e, row, previous, left)) || !wait_for(e, row, place, right)) return 0;
+            sooner = left < now || right < now; /* no vocabulary that was learned has this */
+        }
+        if (e->waiting[now].head >= 0 && !heap_push(&e->heap, (Candidate){-(int64_t)now, 0})) return 0;
+    }
+    return 1;
+}
+
+/* A piece of any length, in windows. Where tokens a and b are what "ab" becomes, no merge ever reaches across their
+   border: before the first one that did, both sides would change as they do alone, so that it would come up in "ab"
+   too. Two rows that meet in such a border are what all of it becomes. Where they do not, larger windows. */
+static int apply_long(Encoder *e, Bytes s, size_t n, int32_t *out, size_t *made) {
+    size_t from = 0, window = WINDOW, count = 0, begin, fits, k;
+    for (;; window *= 2, from = count = 0)
+        do {
+            size_t length = n - from < window ? n - from : window, most = from + length;
+            if (!apply_window(e, s + from, length)) return 0;
+            if (most < n) most -= length / 8; /* the last tokens would often change with what follows */
+            for (k = 1, begin = count; k <= length && from + (size_t)e->size[e->row.at[k].id] <= most; count++) {
+                out[count] = e->row.at[k].id;
+                k += (size_t)e->size[out[count]], from += (size_t)e->size[out[count]];
+            }
+            fits = count > begin;
+            if (begin && fits) {
+                size_t a = (size_t)e->size[out[begin - 1]], b = (size_t)e->size[out[begin]];
+                if (!apply_window(e, s + from - (k - 1) - a, a + b)) return 0;
+                fits = e->row.at[1].id == out[begin - 1] && e->row.at[1 + a].id == out[begin];
+            }
+            if (fits && from == n) return *made = count, 1;
+        } while (fits);
+}
+
+/* The ids of a text, at most as many as it has bytes, into `out`; their number into *made; 0 where memory is out. */
+static int encode_text(Encoder *e, const Reader *r, int32_t *out, size_t *made) {
+    int32_t *start = out;
+    for (size_t i = 0, end, count; i < r->length; i = end, out += count) {
         end = piece_end(r, i, e->pattern);
         Bytes s = r->text + i;
         size_t n = end - i, room = r->length - i;
-        if (n > SHORT) {
-            const Piece *whole = piece_at(&e->whole, s, n, room, 0);
-            if (whole ? !reserve(e->out) : n > INT32_MAX - 2 || !apply_long(e, s, n)) return 0;
-            if (whole) e->out.at[e->out.count++] = (int32_t)whole->value;
+        Piece *piece = n > SHORT ? NULL : piece_at(&e->cache, s, n, room, 1);
+        if (n <= SHORT && !piece) return 0;
+        if (piece && piece->ids) { /* met before */
+            count = piece->ids;
+            if (count == 1) *out = (int32_t)piece->value;
+            else memcpy(out, e->cached.at + piece->value, count * sizeof *out);
             continue;
         }
-        if (e->cache.count >= CACHED) pieces_free(&e->cache), e->cached.count = 0;
-        Piece *piece = piece_at(&e->cache, s, n, room, 1);
-        if (!piece) return 0;
-        if (!piece->ids) {
-            const Piece *whole = piece_at(&e->whole, s, n, room, 0);
-            size_t made = whole ? 1 : apply_short(e, s, n, id);
-            if (whole) id[0] = (int32_t)whole->value;
-            piece->value = made == 1 ? id[0] : (int64_t)e->cached.count;
-            for (size_t k = 0; made > 1 && k < made; k++) {
-                if (!reserve(e->cached)) return 0;
-                e->cached.at[e->cached.count++] = id[k];
-            }
-            piece->ids = (uint32_t)made;
+        const Piece *whole = piece_at(&e->whole, s, n, room, 0);
+        if (whole) *out = (int32_t)whole->value, count = 1;
+        else if (piece) count = apply_short(e, s, n, out);
+        else if (!apply_long(e, s, n, out, &count)) return 0;
+        if (!piece) continue;
+        piece->ids = (uint32_t)count, piece->value = count == 1 ? *out : (int64_t)e->cached.count;
+        if (count > 1) {
+            if (!reserve(e->cached, count)) return 0;
+            memcpy(e->cached.at + e->cached.count, out, count * sizeof *out), e->cached.count += count;
         }
-        while (e->out.count + piece->ids > e->out.room)
-            if (!double_room(e->out)) return 0;
-        if (piece->ids == 1) e->out.at[e->out.count++] = (int32_t)piece->value;
-        else {
-            memcpy(e->out.at + e->out.count, e->cached.at + piece->value, piece->ids * sizeof *id);
-            e->out.count += piece->ids;
-        }
+        if (e->cache.list.count >= CACHED) pieces_free(&e->cache), e->cached.count = 0;
     }
+    *made = (size_t)(out - start);
     return 1;
 }
 
@@ -528,14 +639,15 @@ static PyObject *counter(PyObject *self, PyObject *none) {
 static PyObject *count(PyObject *self, PyObject *args) {
     PyObject *capsule;
     Py_buffer text, classes;
+    Py_ssize_t longest;
     int pattern, good;
     (void)self;
-    if (!PyArg_ParseTuple(args, "Oy*y*i", &capsule, &text, &classes, &pattern)) return NULL;
+    if (!PyArg_ParseTuple(args, "Oy*y*in", &capsule, &text, &classes, &pattern, &longest)) return NULL;
     Pieces *p = PyCapsule_GetPointer(capsule, "quire.counter");
     Reader r = {text.buf, classes.buf, (size_t)text.len};
     if (p) {
         Py_BEGIN_ALLOW_THREADS
-        good = count_pieces(p, &r, pattern);
+        good = count_pieces(p, &r, pattern, (size_t)longest);
         Py_END_ALLOW_THREADS
         if (!good) PyErr_NoMemory();
     }
@@ -545,42 +657,49 @@ static PyObject *count(PyObject *self, PyObject *args) {
 
 static PyObject *join(PyObject *self, PyObject *args) {
     PyObject *one, *other;
+    Py_ssize_t room;
+    int good;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OO", &one, &other)) return NULL;
+    if (!PyArg_ParseTuple(args, "OOn", &one, &other, &room)) return NULL;
     Pieces *to = PyCapsule_GetPointer(one, "quire.counter"), *from = PyCapsule_GetPointer(other, "quire.counter");
     if (!to || !from) return NULL;
-    for (size_t i = 0; from->slots && i <= from->mask; i++) {
-        const Piece *piece = from->slots + i;
-        if (!piece->length) continue;
-        Piece *sum = piece_at(to, piece_bytes(from, piece), piece->length, piece->length, 1);
-        if (!sum) return PyErr_NoMemory();
-        sum->value += piece->value;
-    }
-    Py_RETURN_NONE;
+    Py_BEGIN_ALLOW_THREADS
+    good = pieces_join(to, from) && pieces_prune(to, (size_t)room);
+    Py_END_ALLOW_THREADS
+    return good ? Py_NewRef(Py_None) : PyErr_NoMemory();
+}
+
+static PyObject *held(PyObject *self, PyObject *capsule) {
+    const Pieces *p = PyCapsule_GetPointer(capsule, "quire.counter");
+    (void)self;
+    return p ? PyLong_FromSize_t(p->list.room * sizeof(Piece) + p->text.room +
+                                 (p->slots ? p->mask + 1 : 0) * sizeof(Slot)) : NULL;
 }
 
 static PyObject *train(PyObject *self, PyObject *args) {
     PyObject *capsule, *result;
     Py_ssize_t wanted;
-    long long fewest, made;
+    long long fewest;
+    int good;
     (void)self;
     if (!PyArg_ParseTuple(args, "OnL", &capsule, &wanted, &fewest)) return NULL;
     Pieces *p = PyCapsule_GetPointer(capsule, "quire.counter");
-    int32_t *merges = p ? malloc((2 * (size_t)wanted + 1) * sizeof *merges) : NULL;
-    if (!merges) return p ? PyErr_NoMemory() : NULL;
+    if (!p) return NULL;
+    Learner l = {.fewest = fewest, .pairs.fewest = fewest};
     Py_BEGIN_ALLOW_THREADS
-    made = learn(p, (size_t)wanted, fewest, merges);
+    good = learn(&l, p, (size_t)wanted);
     Py_END_ALLOW_THREADS
-    result = made < 0 ? PyErr_NoMemory() : PyBytes_FromStringAndSize((char *)merges, made * 2 * sizeof *merges);
-    free(merges);
+    Py_ssize_t size = (Py_ssize_t)(l.merges.count * sizeof *l.merges.at);
+    result = good ? PyBytes_FromStringAndSize((char *)l.merges.at, size) : PyErr_NoMemory();
+    learner_free(&l);
     return result;
 }
 
 static void encoder_free(PyObject *capsule) {
     Encoder *e = PyCapsule_GetPointer(capsule, "quire.encoder");
     pieces_free(&e->whole), pieces_free(&e->cache);
-    free(e->ranks.slots), free(e->merged.at), free(e->size), free(e->cached.at), free(e->out.at);
-    free(e->waiting), free(e->heap.at);
+    free(e->ranks.slots), free(e->merged.at), free(e->size), free(e->cached.at);
+    free(e->row.at), free(e->waiting), free(e->heap.at);
     Py_XDECREF(e->owner);
     free(e);
 }
@@ -593,10 +712,10 @@ static int encoder_fill(Encoder *e, const int32_t *merges, size_t count, const P
     memcpy(e->size, sizes->buf, (size_t)sizes->len);
     for (size_t rank = 0; rank < count; rank++, merges += 3) {
         Pair *pair = pair_at(&e->ranks, pair_key(merges[0], merges[1]));
-        if (!pair || !reserve(e->merged)) return 0;
+        if (!pair || !reserve(e->merged, 1)) return 0;
         pair->count = (int64_t)rank;
         e->merged.at[e->merged.count++] = merges[2];
-        e->waiting[rank] = (List){-1, -1};
+        e->waiting[rank] = (List){~(int32_t)rank, ~(int32_t)rank};
     }
     return 1;
 }
@@ -628,19 +747,22 @@ static PyObject *encoder(PyObject *self, PyObject *args) {
 
 static PyObject *encode(PyObject *self, PyObject *args) {
     PyObject *capsule;
-    Py_buffer text;
+    Py_buffer text, ids;
+    size_t made = 0;
     int good;
     (void)self;
-    if (!PyArg_ParseTuple(args, "Oy*", &capsule, &text)) return NULL;
+    if (!PyArg_ParseTuple(args, "Oy*w*", &capsule, &text, &ids)) return NULL;
     Encoder *e = PyCapsule_GetPointer(capsule, "quire.encoder");
-    if (!e) return PyBuffer_Release(&text), NULL;
-    Reader r = {text.buf, e->classes, (size_t)text.len};
-    Py_BEGIN_ALLOW_THREADS
-    good = encode_text(e, &r);
-    Py_END_ALLOW_THREADS
-    PyBuffer_Release(&text);
-    if (!good) return PyErr_NoMemory();
-    return PyBytes_FromStringAndSize((char *)e->out.at, (Py_ssize_t)(e->out.count * sizeof *e->out.at));
+    if (e && (size_t)ids.len < (size_t)text.len * sizeof(int32_t)) PyErr_SetString(PyExc_ValueError, "too few ids");
+    else if (e) {
+        Reader r = {text.buf, e->classes, (size_t)text.len};
+        Py_BEGIN_ALLOW_THREADS
+        good = encode_text(e, &r, ids.buf, &made);
+        Py_END_ALLOW_THREADS
+        if (!good) PyErr_NoMemory();
+    }
+    PyBuffer_Release(&text), PyBuffer_Release(&ids);
+    return PyErr_Occurred() ? NULL : PyLong_FromSize_t(made);
 }
 
 static PyObject *split(PyObject *self, PyObject *args) {
@@ -663,11 +785,12 @@ static PyObject *split(PyObject *self, PyObject *args) {
 static PyMethodDef methods[] = {
     {"split", split, METH_VARARGS, "split(text, classes, pattern) -> the pieces of text (bytes)"},
     {"counter", counter, METH_NOARGS, "counter() -> an empty count of pieces"},
-    {"count", count, METH_VARARGS, "count(counter, text, classes, pattern): count the pieces of text, in one thread"},
-    {"join", join, METH_VARARGS, "join(counter, other): add the counts of the other to the first"},
-    {"train", train, METH_VARARGS, "train(counter, merges, fewest) -> int32 pairs of ids, as bytes"},
+    {"count", count, METH_VARARGS, "count(counter, text, classes, pattern, longest): count pieces, in one thread"},
+    {"join", join, METH_VARARGS, "join(counter, other, room): move the counts of the other; keep what has room"},
+    {"train", train, METH_VARARGS, "train(counter, merges, fewest) -> int32 pairs of ids; empties the counter"},
+    {"held", held, METH_O, "held(counter) -> bytes of memory that a counter holds"},
     {"encoder", encoder, METH_VARARGS, "encoder(byte_ids, merges, whole, sizes, classes, pattern) -> an encoder"},
-    {"encode", encode, METH_VARARGS, "encode(encoder, text) -> int32 ids, as bytes; an encoder serves one thread"},
+    {"encode", encode, METH_VARARGS, "encode(encoder, text, ids) -> how many int32 ids it wrote, in one thread"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -24,6 +24,7 @@ import numpy as np
 from quire.errors import UserError, choose
 from quire.tokenizers import merges
 from quire.tokenizers.patterns import splitter
+from quire.tokenizers.pieces import PieceCounts
 from quire.tokenizers.tokenizer import BytesTokenizer, Unknown, utf8
 from quire.tokenizers.word import FIRST_BYTE, FIRST_PIECE, SPECIALS, ranked, room_for_pieces, spelled
 
@@ -154,11 +155,9 @@ class BPETokenizer(BytesTokenizer):
     def train(
         cls, texts: Iterable[str], vocabulary_size: int = 0, rule: Rule = "subword-nmt", count: int = 0
     ) -> "BPETokenizer":
-        """`count` merges, or as many as fill the vocabulary."""
+        """`count` merges, or as many as fill the vocabulary; of the pieces those count for which pieces.py has room."""
         choose("--rule", rule, list(RULES))
-        pieces: Counter[str] = Counter()
-        for text in texts:
-            pieces.update(splitter("space").findall(text))
+        pieces = PieceCounts[str]().add(texts, splitter("space").findall).counts
         spaces = Counter({piece: number for piece, number in pieces.items() if piece.isspace()})
         words = {piece: number for piece, number in pieces.items() if not piece.isspace()}
         seen: Counter[str] = Counter()

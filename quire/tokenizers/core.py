@@ -4,7 +4,6 @@ The core is _core.c, compiled when Quire is installed where there is a C compile
 merges.py and patterns.py, about twenty times slower. Both give the same tokens.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from quire.devices import usable_cores
-from quire.tokenizers import merges
+from quire.tokenizers import merges, pieces
 from quire.tokenizers.patterns import character_classes, splitter
 
 try:
@@ -22,32 +21,33 @@ except ImportError:  # not compiled
     fast = None
 
 IN_CORE = ("gpt2", "cl100k", "cl100k-hf")  # the patterns that byte-level BPE may have, as _core.c numbers them
-BLOCK = 1 << 20  # bytes that make it worth while to hand a text to another thread
 
 
-def learn(texts: Iterable[bytes], pattern: str, count: int, threads: int = 0) -> list[tuple[int, int]]:
-    """Up to `count` merges of the pieces of all texts, as pairs of ids: 0 to 255 are bytes, 256 + i is merge i."""
+def learn(
+    texts: Iterable[bytes], pattern: str, count: int, threads: int = 0, room: int = pieces.ROOM
+) -> list[tuple[int, int]]:
+    """Up to `count` merges of the pieces of all texts, as pairs of ids: 0 to 255 are bytes, 256 + i is merge i.
+
+    Of the pieces it keeps what has room (pieces.py), in the core as in Python.
+    """
     if fast is None:
-        pieces: Counter[bytes] = Counter()
-        for text in texts:
-            pieces.update(_pieces(text, pattern))
-        return merges.learn(pieces, count, lambda left, right, number: 256 + number)
-    counters: list[Any] = []  # one serves one thread at a time
+        counted = pieces.PieceCounts[bytes](room).add(texts, lambda text: _pieces(text, pattern))
+        return merges.learn(counted.counts, count, lambda left, right, number: 256 + number)
+    idle: list[Any] = []  # counters that are empty
     number, classes = IN_CORE.index(pattern), character_classes()
 
-    def count_share(share: Iterable[bytes]) -> None:
-        counter = _taken(counters) or fast.counter()
+    def count_share(share: Iterable[bytes]) -> Any:
+        counter = _taken(idle) or fast.counter()
         for text in share:
-            fast.count(counter, text, classes, number)
-        counters.append(counter)
+            fast.count(counter, text, classes, number, pieces.LONGEST)
+        return counter
 
-    threads = threads or usable_cores()
+    total, shares, threads = fast.counter(), pieces.shares(texts), threads or usable_cores()
     with ThreadPoolExecutor(threads) as pool:
-        for shares in _rounds(texts, threads):
-            list(pool.map(count_share, shares))
-    total = _taken(counters) or fast.counter()
-    for other in counters:
-        fast.join(total, other)
+        while together := list(islice(shares, threads)):  # no more of the texts is in memory at once
+            for counter in pool.map(count_share, together):
+                fast.join(total, counter, room)
+                idle.append(counter)
     pairs = np.frombuffer(fast.train(total, count, 2), dtype=np.int32).reshape(-1, 2)
     return [(left, right) for left, right in pairs.tolist()]
 
@@ -76,14 +76,13 @@ class Encoder:
     def encode(self, text: bytes) -> np.ndarray:
         """The ids of `text`, int32."""
         if fast is None:
-            ids: list[int] = []
-            for piece in _pieces(text, self.pattern):
-                ids += self._encode_piece(piece)
-            return np.array(ids, dtype=np.int32)
+            found = [number for piece in _pieces(text, self.pattern) for number in self._encode_piece(piece)]
+            return np.array(found, dtype=np.int32)
         encoder = _taken(self._idle) or self._make()
-        found = np.frombuffer(fast.encode(encoder, text), dtype=np.int32)
+        ids = np.empty(len(text), dtype=np.int32)
+        ids.resize(fast.encode(encoder, text, ids), refcheck=False)
         self._idle.append(encoder)  # not where memory ran out: such a one is not used again
-        return found
+        return ids
 
     def __getstate__(self) -> dict[str, Any]:  # to another process goes what it is made of
         return {**vars(self), "_ranks": {}, "_cache": {}, "_idle": []}
@@ -123,24 +122,3 @@ def _pieces(text: bytes, pattern: str) -> Iterator[bytes]:
     """The pieces of a text; bytes that are not UTF-8 are characters of no class, one each."""
     for found in splitter(pattern).finditer(text.decode("utf-8", "surrogateescape")):
         yield found[0].encode("utf-8", "surrogateescape")
-
-
-def _rounds(texts: Iterable[bytes], threads: int) -> Iterator[list[list[bytes]]]:
-    """The texts in shares of about BLOCK bytes, `threads` shares at a time: no more of them is in memory at once."""
-    source = iter(texts)
-
-    def shares() -> Iterator[list[bytes]]:
-        share: list[bytes] = []
-        size = 0
-        for text in source:
-            share.append(text)
-            size += len(text)
-            if size >= BLOCK:
-                yield share
-                share, size = [], 0
-        if share:
-            yield share
-
-    all_shares = shares()
-    while together := list(islice(all_shares, threads)):
-        yield together

@@ -8,6 +8,7 @@ import numpy as np
 
 from quire.errors import UserError
 from quire.tokenizers.patterns import splitter
+from quire.tokenizers.pieces import PieceCounts
 from quire.tokenizers.tokenizer import PADDING, SEPARATOR, BytesTokenizer, Unknown, utf8
 
 SPECIALS = (PADDING, SEPARATOR)
@@ -40,9 +41,7 @@ class WordTokenizer(BytesTokenizer):
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary_size: int = 0) -> "WordTokenizer":
         """Every character, the most frequent first, in up to half of the room; then words that occur more than once."""
-        counts: Counter[str] = Counter()
-        for text in texts:
-            counts.update(splitter("word").findall(text))
+        counts = PieceCounts[str]().add(texts, splitter("word").findall).counts
         characters: Counter[str] = Counter()
         for piece, count in counts.items():
             for character in piece:

@@ -57,8 +57,8 @@ def split_and_count(fast: ModuleType, parts: list[bytes], name: str) -> None:
         assert fast.split(exact(data), CLASSES, number) == list(core._pieces(data, name)), (name, data)
     one, other = fast.counter(), fast.counter()
     for index, data in enumerate(parts):
-        fast.count(one if index % 2 else other, exact(data), CLASSES, number)
-    fast.join(one, other)
+        fast.count(one if index % 2 else other, exact(data), CLASSES, number, 65536)
+    fast.join(one, other, 1 << 30)
     counts: Counter[bytes] = Counter()
     for data in parts:
         counts.update(core._pieces(data, name))
@@ -100,7 +100,7 @@ def long_pieces(fast: ModuleType, size: int) -> None:
     for letters in (b"a", b"acgt", b" ", b"\n"):
         data = bytes(rng.choice(letters) for _ in range(size))
         counter = fast.counter()
-        fast.count(counter, exact(data), CLASSES, 0)
+        fast.count(counter, exact(data), CLASSES, 0, len(data))
         assert len(fast.train(counter, 20, 2)) == 20 * 8 or len(letters) == 1
         pairs = core.learn([data[:2000]], "gpt2", 50)
         tokens, triples = [bytes([byte]) for byte in range(256)], []
