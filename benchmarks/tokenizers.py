@@ -137,7 +137,7 @@ def encoder(tool: str, parts: list[str], threads: int, file: Path) -> Callable[[
 
 
 def linear(tool: str, kind: str, file: Path) -> Figures:
-    """Encoding and training a text of one kind and one ten times as long, in turn; the least of five."""  # noise only adds
+    """Encoding and training a text of one kind and one ten times as long, in turn; the least of five."""
     from quire.tokenizers import ByteBPETokenizer, core, load_tokenizer
 
     use(tool)
