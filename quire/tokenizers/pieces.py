@@ -3,8 +3,8 @@
 The texts are counted in shares of about SHARE bytes, each for itself, and the counts are added up in the order of the
 shares. Whenever the sum takes more than its room, only the most frequent pieces stay, of equally frequent ones those
 that were met first: as many as half of the room holds. A piece takes its length and 8 more. Pieces longer than LONGEST
-are counted as parts of that length. So what stays is decided by the texts alone, never by how many threads count, and
-as long as there is room nothing is left out.
+are counted as parts of that length. So what stays is decided by the texts as they come, never by how many threads
+count, and as long as there is room nothing is left out.
 """
 
 from collections import Counter

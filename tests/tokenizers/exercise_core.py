@@ -128,5 +128,5 @@ if __name__ == "__main__":
         nasty = inputs(generator)
         split_and_count(fast_core, nasty, pattern)
         encode(fast_core, nasty, pattern, generator)
-    long_pieces(fast_core, 100_000)
+    long_pieces(fast_core, 50_000)
     print("the same as the reference")

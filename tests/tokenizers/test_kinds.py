@@ -11,7 +11,7 @@ from quire.errors import UserError
 from quire.tokenizers import TOKENIZERS, ByteBPETokenizer, CharacterTokenizer, Tokenizer, load_tokenizer
 from quire.tokenizers.bpe import RULES, BPETokenizer
 from quire.tokenizers.core import IN_CORE
-from quire.tokenizers.tokenizer import LONGEST_STRETCH, PADDING, SEPARATOR, BytesTokenizer, cut_place
+from quire.tokenizers.tokenizer import PADDING, SEPARATOR, BytesTokenizer, cut_place
 
 quick = settings(max_examples=50, deadline=None)
 BOOK = "The owl calls upon a night,\nand speaks to none but café or 森;  rivers run below 12 'stones'.\n\n" * 3
@@ -198,10 +198,12 @@ def test_both_parts_of_a_cut_text_have_the_ids_of_the_whole(kinds, texts):
     on_white_space()
 
 
-def test_a_place_to_cut_is_found_far_from_the_end_and_a_text_without_one_has_none():
+def test_a_place_to_cut_is_found_far_from_the_end_and_a_text_without_one_has_none(monkeypatch):
+    longest = 1 << 20
+    monkeypatch.setattr("quire.tokenizers.tokenizer.LONGEST_STRETCH", longest)
     assert cut_place("") == cut_place("ab") == cut_place("a \n\t") - 1 == 0
     assert cut_place("a b" + "x" * 10**5) == 1
     assert cut_place("a\nb" + "\n" * 10**5) == 2
     assert cut_place("\n\n  a") == 0
-    assert cut_place("x" * LONGEST_STRETCH) == 0
-    assert cut_place("x" * (LONGEST_STRETCH + 1)) == LONGEST_STRETCH
+    assert cut_place("x" * longest) == 0
+    assert cut_place("x" * (longest + 1)) == longest
