@@ -1,8 +1,8 @@
 """Tokenizers: text to ids and back. To add one: a file, and a line here.
 
 Read them in this order: tokenizer.py (what all have in common), character.py, word.py, bpe.py (words in parts),
-byte_bpe.py (bytes in parts). merges.py has the algorithm of the last two, patterns.py how text is split before it;
-core.py is the door to the same in C, formats.py reads and writes the files of other tools.
+byte_bpe.py (bytes in parts). merges.py has the algorithm of the last two; patterns.py and pieces.py how text is split
+and counted before it; core.py is the door to the same in C; formats.py reads and writes the files of other tools.
 """
 
 import contextlib
