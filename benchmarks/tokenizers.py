@@ -11,6 +11,7 @@ encode     the same texts with the core's merges. `cold`: an encoder that has me
            All must give as many ids
 figures    each measurement is a process of its own, on one thread: CPU seconds, the median of interleaved rounds;
            with two threads: wall seconds
+scaling    the core on ten times the text, in parts of a megabyte, with one thread and with one for each core
 linear     CPU seconds for a text ten times as long, of few letters, of white space, of no white space: the goal is
            at most 12 times as many
 """
@@ -265,6 +266,29 @@ def table(found: dict[str, list[Figures]], megabytes: float) -> Figures:
     return results
 
 
+def scaling_table(text: str, cores: int) -> Figures:
+    """Wall seconds of the core on ten times the text, in parts of a megabyte, by threads; the least of three."""
+    from quire.tokenizers import ByteBPETokenizer
+
+    parts = blocks(text, 1 << 20) * 10
+    ours = ByteBPETokenizer.train(blocks(text), SIZE)
+    found: Figures = {}
+    print(f"\ncore, {sum(map(len, parts)) / 1e6:.0f} M characters   train, wall seconds   encode")
+    for threads in (1, cores):
+        runs = [(train("core", parts, threads)["wall"], timed(many(ours, parts, threads))[1]["wall"]) for _ in range(3)]
+        found[f"{threads} threads"] = least = dict(zip(("train", "encode"), map(min, zip(*runs))))
+        print(f"{threads} thread{'s' * (threads > 1):12}{least['train']:26.2f}{least['encode']:11.2f}")
+    return found
+
+
+def many(ours: Any, parts: list[str], threads: int) -> Callable[[], int]:
+    """What encodes all parts in threads, the encoders of all of them new."""
+    from quire.tokenizers import core
+
+    fresh, data = core.Encoder(ours.tokens, ours.merges, {}, "gpt2"), [part.encode() for part in parts]
+    return lambda: sum(map(len, ThreadPoolExecutor(threads).map(fresh.encode, data)))
+
+
 def linear_table(folder: Path) -> Figures:
     """How the time grows, for the core and for the reference."""
     found: Figures = {}
@@ -307,6 +331,7 @@ def main() -> None:
         (folder / "text.txt").write_bytes(text.encode())
         ByteBPETokenizer.train(blocks(text), SIZE).save(folder / "tokenizer.json")
         compared = table(rounds(folder, given.rounds, usable_cores()), size / 1e6)
+        scaling = scaling_table(text, usable_cores())
         grown = linear_table(folder)
     figures = {
         "machine": {"platform": platform.platform(), "cores": usable_cores(), "python": platform.python_version()},
@@ -314,6 +339,7 @@ def main() -> None:
         "text": {"bytes": size, "bytes_repeated": again, "of": TEXTS},
         "rounds": given.rounds,
         "compared": compared,
+        "scaling": scaling,
         "linear": grown,
     }
     given.json.parent.mkdir(parents=True, exist_ok=True)
