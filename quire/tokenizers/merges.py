@@ -13,7 +13,7 @@ The C core does both in the same way for bytes; it is faster, and gives the same
 import heapq
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 Symbol = Any  # hashable, and comparable with its like
@@ -23,6 +23,7 @@ Ranks = Mapping[Pair, tuple[int, Symbol]]  # a pair to its place in the list of 
 Ties = Literal["smallest", "largest", "first"]  # which of the pairs that occur equally often is merged
 
 SHORT = 48  # symbols up to which looking again and again for the lowest rank is quicker than keeping lists
+WINDOW = 4096  # symbols of a long row that are at work at once
 
 
 def learn(
@@ -87,7 +88,43 @@ def apply(row: Sequence[Symbol], ranks: Ranks) -> list[Symbol]:
 
 
 def _apply_long(row: Sequence[Symbol], ranks: Ranks) -> list[Symbol]:
-    """The same in a time that grows as the row does: places wait in a list for each rank, a heap holds the ranks."""
+    """The same in a time that grows as the row does: window by window, so that what is at work stays small.
+
+    Where symbols a and b are what the row of both becomes, no merge ever reaches across their border: before the first
+    one that did, both sides would change as they do alone, so that it would come up in the row of both, too. Windows
+    that meet in such a border give what the whole row becomes; where they do not, larger ones are tried.
+    """
+    window = WINDOW
+    while (found := _in_windows(row, ranks, window)) is None:
+        window *= 2
+    return found
+
+
+def _in_windows(row: Sequence[Symbol], ranks: Ranks, window: int) -> list[Symbol] | None:
+    made: list[tuple[Symbol, int]] = []  # symbols, and how many of the row's each of them is
+    start = 0
+    while start < len(row):
+        found = _apply_window(row[start : start + window], ranks)
+        if start + window < len(row):  # the last symbols would often change with what follows
+            ends = accumulate(width for _, width in found)
+            found = [each for each, end in zip(found, ends) if end <= window - window // 8]
+        if not found:
+            return None
+        if made:
+            (left, before), (right, after) = made[-1], found[0]
+            both = _apply_window(row[start - before : start + after], ranks)
+            if [symbol for symbol, _ in both] != [left, right]:
+                return None
+        made += found
+        start += sum(width for _, width in found)
+    return [symbol for symbol, _ in made]
+
+
+def _apply_window(row: Sequence[Symbol], ranks: Ranks) -> list[tuple[Symbol, int]]:
+    """What the row becomes, each symbol with the number of symbols that went into it.
+
+    Places wait in a list for each rank, and a heap holds the ranks.
+    """
     symbols: list[Symbol | None] = list(row)
     before, after = list(range(-1, len(row) - 1)), list(range(1, len(row) + 1))  # neighbours that are still there
     waiting: defaultdict[int, list[int]] = defaultdict(list)
@@ -124,7 +161,7 @@ def _apply_long(row: Sequence[Symbol], ranks: Ranks) -> list[Symbol]:
                 for left in places[number + 1 :]:
                     wait(left)
                 break
-    return [symbol for symbol in symbols if symbol is not None]
+    return [(symbol, after[place] - place) for place, symbol in enumerate(symbols) if symbol is not None]
 
 
 class _Candidate:
