@@ -126,12 +126,17 @@ class Run:
             )
         return None
 
-    def model(self, device: str | torch.device = "auto") -> Any:
-        """The trained model in evaluation mode: the best checkpoint, or the last where there is no best yet."""
-        where = choose_device(device) if isinstance(device, str) else device
+    def trained_folder(self) -> Path:
+        """The folder of the best checkpoint, or of the last where there is no best yet."""
         folder = self.folder("best") if checkpoint.exists(self.folder("best")) else self.folder("last")
         if not checkpoint.exists(folder):
             raise UserError(f"{self.path} has no checkpoint yet. Train it first: quire resume {self.path}")
+        return folder
+
+    def model(self, device: str | torch.device = "auto") -> Any:
+        """The trained model in evaluation mode: the best checkpoint, or the last where there is no best yet."""
+        where = choose_device(device) if isinstance(device, str) else device
+        folder = self.trained_folder()
         model = empty_model(self.settings, where)
         checkpoint.load_model_tensors(model, checkpoint.load(folder, training=False).model, folder)
         return model.eval()

@@ -23,7 +23,7 @@ from quire.run import Run, refuse_existing
 from quire.training.loop import Trainer
 from quire.training.settings import LENGTHS, Settings, typed
 from quire.training.texts import read_texts
-from quire.training.train import describe, free_path, prepare_machine, train_created
+from quire.training.train import check_length, describe, free_path, prepare_machine, train_created
 
 GENTLER = 0.25  # of the run's own learning rates
 
@@ -68,14 +68,13 @@ def finetune_run(base: Run, settings: Settings, path: Path | None = None, began:
         raise UserError(f"Name the TEXT to fine-tune on. To train further on the run's own text: {further}")
     if "-" in texts:
         raise UserError("Fine-tuning reads no standard input. Write the text to a file, and name that.")
-    if not any(getattr(settings.training, name) for name in LENGTHS):
-        raise UserError("Say how long to train: --minutes M, --steps N, --epochs N or --tokens N.")
+    check_length(settings.training)
     if settings.training.tokenizer != str(base.path):
         raise UserError("Fine-tuning keeps the run's own tokenizer: leave --tokenizer out.")
     path = path or free_path(texts[0])
     refuse_existing(path)
     device, threads = prepare_machine(settings.training)
-    weights = weights_of(base)
+    weights = checkpoint.load(base.trained_folder(), training=False).model
     corpus, held_out = read_texts(settings)
     try:
         if [origin["sha256"] for origin in corpus.origins] == [origin["sha256"] for origin in base.manifest["data"]]:
@@ -99,14 +98,6 @@ def finetune_run(base: Run, settings: Settings, path: Path | None = None, began:
         trainer.measure_start()
 
     return train_created(created, settings.training, prepared, device, began, begin, keep=False)
-
-
-def weights_of(base: Run) -> dict[str, Tensor]:
-    """The weights of a run's best checkpoint, or of its last where there is no best yet."""
-    folder = base.folder("best") if checkpoint.exists(base.folder("best")) else base.folder("last")
-    if not checkpoint.exists(folder):
-        raise UserError(f"{base.path} has no checkpoint yet. Train it first: quire resume {base.path}")
-    return checkpoint.load(folder, training=False).model
 
 
 def put_weights(model: Any, weights: dict[str, Tensor], known: int) -> None:

@@ -219,15 +219,13 @@ class Trainer:
     def evaluate(self) -> None:
         """Measure the held-out loss, keep the best, write a sample and the plot, and save."""
         state, began = self.state, time.monotonic()
-        shape, size = self.run.settings, self.run.manifest["validation"]["bytes"]
-        total, count = total_loss(self.model, self.validation, shape.context_length, shape.vocabulary_size, self.device)
-        loss = total / count
+        loss, bits = self.held_out_loss()
         improved = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
         if improved:
             state.best_loss, state.best_step, state.stale = loss, state.step, 0
         else:
             self.be_patient()
-        self.log(None, validation_loss=loss, validation_bits_per_byte=bits_per_byte(total, size))
+        self.log(None, validation_loss=loss, validation_bits_per_byte=bits)
         self.write_sample(loss)
         plot_losses([curve(self.run, "step")], "step", self.run.path / "loss.png")
         if not state.end and not state.finished:
@@ -245,6 +243,12 @@ class Trainer:
         self.clock.evaluation_seconds = time.monotonic() - began
         self.clock.start_measuring(state.step)
         self.logged = (state.tokens, self.clock.elapsed())  # evaluating is not training: it counts in no speed
+
+    def held_out_loss(self) -> tuple[float, float]:
+        """Nats per token and bits per byte over the whole held-out text."""
+        shape, size = self.run.settings, self.run.manifest["validation"]["bytes"]
+        total, count = total_loss(self.model, self.validation, shape.context_length, shape.vocabulary_size, self.device)
+        return total / count, bits_per_byte(total, size)
 
     def interval(self) -> int:
         """Steps between evaluations in a stretch whose length is known."""
@@ -327,10 +331,8 @@ class Trainer:
 
     def measure_start(self) -> None:
         """Measure weights that come from another run before their first step: the best so far, and a checkpoint."""
-        state, shape = self.state, self.run.settings
-        total, count = total_loss(self.model, self.validation, shape.context_length, shape.vocabulary_size, self.device)
-        state.best_loss = total / count
-        bits = bits_per_byte(total, self.run.manifest["validation"]["bytes"])
+        state = self.state
+        state.best_loss, bits = self.held_out_loss()
         line = {"step": 0, "tokens": 0, "seconds": round(time.time() - self.began, 3), "train_loss": None}
         line |= {"validation_loss": state.best_loss, "validation_bits_per_byte": bits, "tokens_per_second": None}
         self.append("metrics.jsonl", json.dumps(line))

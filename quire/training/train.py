@@ -59,8 +59,7 @@ def train(
 def train_run(settings: Settings, path: Path | None = None, began: float | None = None) -> Run:
     """Train a new run with finished settings; `began` is time.time() at the command's start, for --minutes."""
     began = began or time.time()
-    if not any(getattr(settings.training, name) for name in LENGTHS):
-        raise UserError("Say how long to train: --minutes M, --steps N, --epochs N or --tokens N.")
+    check_length(settings.training)
     texts = settings.data.text or (DEFAULT_CORPUS,)
     path = path or free_path(texts[0])
     refuse_existing(path)
@@ -80,6 +79,12 @@ def train_run(settings: Settings, path: Path | None = None, began: float | None 
     manifest = describe(settings, prepared, origins, device)
     created = Run.create(path, settings.tables(), prepared.tokenizer, manifest, prepared.validation[:], kept)
     return train_created(created, settings.training, prepared, device, began, Trainer.begin, keep=piped is not None)
+
+
+def check_length(training: TrainingSettings) -> None:
+    """Refuse settings that do not say how long to train."""
+    if not any(getattr(training, name) for name in LENGTHS):
+        raise UserError("Say how long to train: --minutes M, --steps N, --epochs N or --tokens N.")
 
 
 def train_created(

@@ -13,7 +13,7 @@ from quire import checkpoint, files
 from quire.errors import UserError
 from quire.run import Run
 from quire.training import train
-from quire.training.finetune import GENTLER, weights_of
+from quire.training.finetune import GENTLER
 
 
 def other_text(path: Path, letters: str = "abcdefgh", count: int = 1200) -> Path:
@@ -62,7 +62,7 @@ def test_a_finetuning_never_ends_worse_than_it_began(lab, base, other):
     best = min(row["validation_loss"] for row in run.metrics() if row.get("validation_loss") is not None)
     assert best <= run.metrics()[0]["validation_loss"]
     if best == run.metrics()[0]["validation_loss"]:
-        kept, began = checkpoint.load(run.folder("best")).model, weights_of(base)
+        kept, began = checkpoint.load(run.folder("best")).model, checkpoint.load(base.trained_folder()).model
         assert all(torch.equal(kept[name], tensor) for name, tensor in began.items())
 
 
@@ -87,7 +87,7 @@ def test_new_characters_become_tokens_whose_rows_are_the_mean(lab, base):
     assert new.decode(new.encode("abÄ森🌲")) == "abÄ森🌲"
     text = run.path / "start"
     checkpoint_at_start(lab, base, other, text)
-    weights, began = checkpoint.load(text).model, weights_of(base)
+    weights, began = checkpoint.load(text).model, checkpoint.load(base.trained_folder()).model
     table = weights["token_embedding.weight"]
     assert torch.equal(table[: old.vocabulary_size], began["token_embedding.weight"])
     mean = began["token_embedding.weight"].mean(0)
