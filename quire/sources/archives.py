@@ -45,11 +45,6 @@ def open_members(archive: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str
                     yield name, file
 
 
-def read_members(archive: Path, patterns: tuple[str, ...]) -> list[tuple[str, bytes]]:
-    """`open_members`, read into memory."""
-    return [(name, file.read()) for name, file in open_members(archive, patterns)]
-
-
 def gunzip(data: bytes, limit: int) -> bytes:
     """Unpack gzip; OverflowError beyond `limit` bytes, and OSError, EOFError or zlib.error where it is damaged."""
     return b"".join(gunzipped(io.BytesIO(data), limit))

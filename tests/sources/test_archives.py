@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 
 from quire.errors import UserError
 from quire.sources import archives
-from quire.sources.archives import open_members, read_members
+from quire.sources.archives import open_members
+
+
+def read_members(archive: Path, patterns: tuple[str, ...]) -> list[tuple[str, bytes]]:
+    return [(name, file.read()) for name, file in open_members(archive, patterns)]
 
 
 def tar_gz(*members: tuple[str | tarfile.TarInfo, bytes]) -> bytes:
