@@ -45,13 +45,8 @@ def open_members(archive: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str
                     yield name, file
 
 
-def gunzip(data: bytes, limit: int) -> bytes:
-    """Unpack gzip; OverflowError beyond `limit` bytes, and OSError, EOFError or zlib.error where it is damaged."""
-    return b"".join(gunzipped(io.BytesIO(data), limit))
-
-
 def gunzipped(packed: IO[bytes], limit: int) -> Iterator[bytes]:
-    """`gunzip` of a stream, piece by piece."""
+    """Unpack gzip piece by piece; OverflowError beyond `limit` bytes; OSError, EOFError or zlib.error where damaged."""
     done = 0
     with gzip.GzipFile(fileobj=packed) as file:
         while piece := file.read(1 << 20):
