@@ -50,7 +50,7 @@ def from_table(kind: type[T], table: Table, where: str) -> T:
     """
     hints = typing.get_type_hints(kind)
     for key, value in table.items():
-        if key not in hints:
+        if key not in hints or typing.get_origin(hints[key]) is typing.ClassVar:
             raise UserError(f"{where} has no setting {key!r}.{nearest(key, list(hints))}")
         if not _fits(value, hints[key]):
             raise UserError(f"{where}.{key} must be {_wanted(hints[key])}, not {value!r}.")

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,18 @@ def unused_card() -> str | None:
 
 def _windows_driver() -> bool:
     return os.name == "nt" and (Path(os.environ.get("SYSTEMROOT", "C:/Windows")) / "System32/nvcuda.dll").exists()
+
+
+def generators(device: Any) -> dict[str, tuple[Any, Callable[[Any], None]]]:
+    """The states of the random generators that work on `device` draws from, and how to set them, by kind."""
+    import torch
+
+    found: dict[str, tuple[Any, Callable[[Any], None]]] = {"cpu": (torch.get_rng_state(), torch.set_rng_state)}
+    if device.type == "cuda":
+        found["cuda"] = (torch.cuda.get_rng_state(device), lambda state: torch.cuda.set_rng_state(state, device))
+    if device.type == "mps":
+        found["mps"] = (torch.mps.get_rng_state(), torch.mps.set_rng_state)
+    return found
 
 
 def memory_bytes() -> int:

@@ -100,6 +100,10 @@ class Run:
         newline = self.tokenizer.encode("\n", unknown="skip")
         return newline[0] if newline and self.manifest["separators"] < 100 else self.tokenizer.separator
 
+    def prompt_prefix(self) -> list[int]:
+        """Tokens that stand before every prompt: none, but for imported models that were trained so."""
+        return self.manifest.get("prompt_prefix", [])
+
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, oldest first."""
         return files.read_lines(self.path / "metrics.jsonl")

@@ -25,20 +25,31 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Batch:
-    """`inputs` and `targets` (B, T), int64; `counted` of the targets are to be predicted, the others are IGNORED."""
+    """`inputs` and `targets` (B, T), int64; `counted` of the targets are to be predicted, the others are IGNORED.
+
+    `source` (B, S), where there is one, is what a model with an encoder reads first; its padding is IGNORED too.
+    """
 
     inputs: Tensor
     targets: Tensor
     counted: int
+    source: Tensor | None = None
+
+    def arguments(self) -> dict[str, Tensor]:
+        """What a model is called with to give the loss."""
+        named = {"tokens": self.inputs, "targets": self.targets}
+        return named if self.source is None else {**named, "source": self.source}
 
     def split(self, parts: int) -> list["Batch"]:
         """The same examples in `parts` smaller batches."""
-        pairs = zip(self.inputs.tensor_split(parts), self.targets.tensor_split(parts), strict=True)
-        return [Batch(inputs, targets, int((targets != IGNORED).sum())) for inputs, targets in pairs]
+        inputs, targets = self.inputs.tensor_split(parts), self.targets.tensor_split(parts)
+        sources = [None] * parts if self.source is None else self.source.tensor_split(parts)
+        return [Batch(i, t, int((t != IGNORED).sum()), s) for i, t, s in zip(inputs, targets, sources, strict=True)]
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        return Batch(self.inputs.to(device), self.targets.to(device), self.counted)
+        source = None if self.source is None else self.source.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), self.counted, source)
 
 
 class Batches:

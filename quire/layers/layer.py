@@ -1,11 +1,14 @@
 """The base of every layer: an ordinary nn.Module that can also record, and run its own backward."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from quire.devices import generators
 
 
 class Layer(nn.Module):
@@ -33,17 +36,64 @@ class Layer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no backward")
 
 
+class Block(Layer):
+    """A layer of a stack, large enough to be `recomputed`: it then keeps its inputs alone, and does its forward again
+    when its gradient is wanted (Chen et al. 2016). Gradients are the same, dropout included.
+
+    Models call `run` and `undo` in place of `forward` and `backward`.
+    """
+
+    recomputed = False
+
+    def run(self, *inputs: Any) -> Any:
+        """`forward` of the same inputs."""
+        if not (self.recomputed and self.training):
+            return self(*inputs)
+        if self.tape is None:
+            return checkpoint(self, *inputs, use_reentrant=False) if torch.is_grad_enabled() else self(*inputs)
+        drawn = [state for state, _ in generators(self._device()).values()]
+        with _tapes(self, None):
+            result = self(*inputs)
+        self.save(inputs, drawn)
+        return result
+
+    def undo(self, grad: Tensor) -> Any:
+        """`backward` of the last `run`."""
+        if not (self.recomputed and self.training):
+            return self.backward(grad)
+        inputs, drawn = self.saved()
+        now = list(generators(self._device()).values())
+        with recording(self):
+            for (_, put), state in zip(now, drawn, strict=True):
+                put(state)
+            self(*inputs)
+            for state, put in now:
+                put(state)
+            return self.backward(grad)
+
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
 @contextlib.contextmanager
 def recording(model: nn.Module) -> Iterator[None]:
     """Within this block every Layer of `model` records its forward, so that `backward` may follow."""
+    with _tapes(model, list):
+        yield
+
+
+@contextlib.contextmanager
+def _tapes(model: nn.Module, fresh: Callable[[], list[Any]] | None) -> Iterator[None]:
+    """Within this block every Layer of `model` has a fresh tape, or none."""
     layers = [module for module in model.modules() if isinstance(module, Layer)]
+    before = [layer.tape for layer in layers]
     for layer in layers:
-        layer.tape = []
+        layer.tape = fresh() if fresh else None
     try:
         yield
     finally:
-        for layer in layers:
-            layer.tape = None
+        for layer, tape in zip(layers, before, strict=True):
+            layer.tape = tape
 
 
 def add_grad(parameter: nn.Parameter, grad: Tensor) -> None:

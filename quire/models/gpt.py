@@ -18,7 +18,7 @@ from quire.layers.cross_entropy import CrossEntropy
 from quire.layers.dropout import Dropout
 from quire.layers.embedding import Embedding
 from quire.layers.feedforward import FeedForward, SwiGLU
-from quire.layers.layer import Layer
+from quire.layers.layer import Block, Layer
 from quire.layers.linear import Linear, OutputHead
 from quire.layers.normalization import LayerNorm, RMSNorm
 from quire.layers.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
@@ -88,7 +88,7 @@ class GPTSettings(ModelSettings):
         return FeedForward(self.embedding_size, hidden, self.feedforward, self.bias)
 
 
-class PreNormBlock(Layer):
+class PreNormBlock(Block):
     """x + attention(norm(x)), then x + feedforward(norm(x)): the stream itself is never normalized (GPT-2)."""
 
     def __init__(self, settings: GPTSettings, rotary: RotaryPositions | None) -> None:
@@ -246,7 +246,8 @@ class GPT(Layer):
             self.save(positions.dim())
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, angles, visible, cache, layer)
+            assert isinstance(block, PreNormBlock)
+            x = block.run(x, angles, visible, cache, layer)
         if self.norm is not None:
             x = self.norm(x)
         if cache is not None:
@@ -269,7 +270,7 @@ class GPT(Layer):
             gradient = self.norm.backward(gradient)
         for block in reversed(self.blocks):
             assert isinstance(block, PreNormBlock)
-            gradient = block.backward(gradient)
+            gradient = block.undo(gradient)
         gradient = self.dropout.backward(gradient)
         if self.positions is not None:
             (rows,) = self.saved()

@@ -1,11 +1,14 @@
 """What everybody knows of any model: its kind, its vocabulary and its context."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
 class ModelSettings:
     """The part of the settings that trainer, generator and evaluator read; each model's file adds its own."""
+
+    reads_source: ClassVar[bool] = False  # an encoder reads a source before the tokens
 
     kind: str = "gpt"  # which architecture: a name in MODELS
     vocabulary_size: int = 0  # tokens; when training, taken from the tokenizer

@@ -26,7 +26,7 @@ class Autograd:
     """PyTorch's automatic differentiation."""
 
     def backpropagate(self, model: nn.Module, batch: Batch, scale: float) -> Tensor:
-        loss = model(batch.inputs, batch.targets)
+        loss = model(**batch.arguments())
         (loss * scale).backward()
         return loss.detach()
 
@@ -36,7 +36,7 @@ class Manual:
 
     def backpropagate(self, model: Any, batch: Batch, scale: float) -> Tensor:
         with torch.no_grad(), recording(model):
-            loss = model(batch.inputs, batch.targets)
+            loss = model(**batch.arguments())
             model.backward(scale)
         return loss
 

@@ -22,6 +22,7 @@ from quire.errors import UserError
 from quire.evaluation.evaluate import bits_per_byte
 from quire.evaluation.loss import total_loss
 from quire.generation.generate import GenerationSettings, Writer
+from quire.layers.layer import Block
 from quire.plots.loss import plot_losses
 from quire.progress import Update, bar, say
 from quire.run import Run
@@ -55,6 +56,9 @@ class Trainer:
         self.scaler = self.precision.scaler
         self.engine = ENGINES[settings.engine]
         self.model = run.fresh_model(settings.seed, device).train()
+        for module in self.model.modules():
+            if isinstance(module, Block):
+                module.recomputed = settings.gradient_checkpointing
         self.optimizers = OPTIMIZERS[settings.optimizer](self.model, settings)
         self.tokens, ranges = tokens, run.manifest.get("ranges", {})
         context = run.settings.context_length

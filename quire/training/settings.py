@@ -43,6 +43,7 @@ class TrainingSettings:
     decay_share: float = 0.2  # warmup-stable-decay: the share of the run over which it falls
     engine: str = "autograd"  # where gradients come from: autograd, or manual (every layer's own backward)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on GPUs that have it
+    gradient_checkpointing: bool = False  # compute each block again for its gradient: less memory, more time
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA, in runs long enough to gain by it
     evaluation_interval: int = 0  # steps between evaluations; 0: about ten in a run
     patience: int = 0  # evaluations without a better held-out loss until patience_action; 0: never

@@ -1,6 +1,5 @@
 """All that training changes, in one visible place: what a checkpoint must hold for an exact resume."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from quire import checkpoint
 from quire.data.batches import Cursor
+from quire.devices import generators
 from quire.training.optimizers import Optimizers
 
 
@@ -60,16 +60,6 @@ class TrainingState:
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's parameters are."""
     return next(model.parameters()).device
-
-
-def generators(device: torch.device) -> dict[str, tuple[Tensor, Callable[[Tensor], None]]]:
-    """The states of the random generators that a training on `device` draws from, and how to set them, by kind."""
-    found: dict[str, tuple[Tensor, Callable[[Tensor], None]]] = {"cpu": (torch.get_rng_state(), torch.set_rng_state)}
-    if device.type == "cuda":
-        found["cuda"] = (torch.cuda.get_rng_state(device), lambda state: torch.cuda.set_rng_state(state, device))
-    if device.type == "mps":
-        found["mps"] = (torch.mps.get_rng_state(), torch.mps.set_rng_state)
-    return found
 
 
 def training_tensors(model: nn.Module, optimizers: Optimizers, scaler: Any) -> dict[str, Tensor]:
