@@ -4,9 +4,13 @@ from typing import Any
 
 from quire.errors import choose
 from quire.models.gpt import GPT
+from quire.models.recurrent import Recurrent
 from quire.models.settings import ModelSettings
 
-MODELS: dict[str, Any] = {"gpt": GPT}
+MODELS: dict[str, Any] = {
+    "gpt": GPT,
+    "recurrent": Recurrent,
+}
 
 
 def build_model(settings: ModelSettings) -> Any:
