@@ -84,15 +84,14 @@ class RNN(Layer):
         if self.tape is None and mask is None and starts is None:
             with torch.autocast("cpu", enabled=False):  # torch has no such kernel of mixed precision on a CPU
                 states, state = self.kernel(x.to(self.weight_hh_l0.dtype), state)
+            states = states.contiguous()  # as below: a dropout after it then draws alike, whichever way it was made
         else:
             states, state = self.spelled_out(x, state, mask, starts)
         if memory is not None:
             memory.state = state
         return states
 
-    def spelled_out(
-        self, x: Tensor, state: State, mask: Tensor | None, starts: Tensor | None
-    ) -> tuple[Tensor, State]:
+    def spelled_out(self, x: Tensor, state: State, mask: Tensor | None, starts: Tensor | None) -> tuple[Tensor, State]:
         """The same as torch's own kernel, line by line: the states (B, T, H), and the last with all it carries."""
         from_inputs = F.linear(x, self.weight_ih_l0, self.bias_ih_l0)  # (B, T, G H), of all times at once
         states, before, kept = [], [], []
@@ -174,7 +173,7 @@ class LSTM(RNN):
     GATES, STATES = 4, 2
 
     def initialize(self) -> None:
-        """As the others, and a forget gate that begins open: its bias is 1 (Gers et al. 2000; Jozefowicz et al. 2015)."""
+        """As the others; the forget gate begins open, its bias 1 (Gers et al. 2000; Jozefowicz et al. 2015)."""
         super().initialize()
         nn.init.ones_(self.bias_ih_l0.detach()[self.size : 2 * self.size])
 
@@ -209,7 +208,8 @@ class LSTM(RNN):
 class GRU(RNN):
     """One gate mixes old and new, another resets (Cho et al. 2014, the reset after the product as in torch.nn.GRU).
 
-    h_t = (1 - z) n + z h_{t-1}, with r, z = sigmoid of W x_t + b + U h_{t-1} + c, and n = tanh(W x_t + b + r (U h + c)).
+    h_t = (1 - z) n + z h_{t-1}, with r, z = sigmoid of W x_t + b + U h_{t-1} + c, and
+    n = tanh(W x_t + b + r (U h_{t-1} + c)).
     """
 
     GATES = 3

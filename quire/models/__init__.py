@@ -6,10 +6,12 @@ from quire.errors import choose
 from quire.models.gpt import GPT
 from quire.models.recurrent import Recurrent
 from quire.models.settings import ModelSettings
+from quire.models.stack import Stack
 
 MODELS: dict[str, Any] = {
     "gpt": GPT,
     "recurrent": Recurrent,
+    "stack": Stack,
 }
 
 

@@ -18,7 +18,6 @@ from quire.layers.embedding import Embedding
 from quire.layers.layer import Block, Layer
 from quire.layers.linear import OutputHead
 from quire.layers.normalization import LayerNorm, RMSNorm
-from quire.layers.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
 from quire.layers.recurrent import RNN, Memory
 from quire.models.settings import ModelSettings
 
@@ -125,7 +124,7 @@ class PartsCache:
         self.memories, self.length, self.mask, self.begins = memories, length, mask, begins
 
     def extended(self, mask: Tensor | None, begins: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Mask and beginnings of past and new positions (B, S), given those of the new ones, which are `like` (B, T)."""
+        """Mask and beginnings of past and new positions (B, S), given those of the new ones, shaped `like` (B, T)."""
         if mask is not None or self.mask is not None:
             new = torch.ones_like(like, dtype=torch.bool) if mask is None else mask
             past = new.new_ones(len(like), self.length) if self.mask is None else self.mask
@@ -173,7 +172,7 @@ class PartsModel(Layer):
     """
 
     def __init__(self, settings: ModelSettings, size: int, parts: list[Part], outputs: int, tied: bool) -> None:
-        """`size` channels of the embedding, `outputs` of the last part; `tied`: the head has the embedding's weights."""
+        """`size` channels of the embedding, `outputs` of the last part; `tied`: the head has the embedding's."""
         super().__init__()
         assert settings.vocabulary_size > 0, "the vocabulary size is set from the tokenizer before a model is built"
         assert settings.separator >= 0 or not settings.separate_documents, "and so is the separator"
@@ -231,7 +230,8 @@ class PartsModel(Layer):
 
     def new_cache(self, batch: int) -> PartsCache:
         """An empty cache for `batch` rows."""
-        return PartsCache([part.new_memory(batch, self.settings.context_length) for part in self.blocks])
+        parts = [part for part in self.blocks if isinstance(part, Part)]
+        return PartsCache([part.new_memory(batch, self.settings.context_length) for part in parts])
 
 
 def look_back(tokens: Tensor, past: int, mask: Tensor | None, begins: Tensor | None) -> tuple[Tensor, Tensor | None]:
