@@ -68,4 +68,5 @@ class Recurrent(PartsModel):
         if settings.residual:
             parts.append(Part(RMSNorm(settings.state_size)))
         super().__init__(settings, settings.embedding_size, parts, settings.state_size, settings.tied)
-        nn.init.normal_(self.token_embedding.weight, std=0.02 if settings.tied else 1.0)
+        # A norm brings small vectors to size, and they learn fast; without one they must have it from the start.
+        nn.init.normal_(self.token_embedding.weight, std=0.02 if settings.tied or settings.residual else 1.0)
