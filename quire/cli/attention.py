@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -61,7 +61,11 @@ def draw(name: str, seen: Attention, scores: Sequence[HeadScores], folder: Path)
     """The page, and the pictures: the overview first, then one of each layer."""
     maps = []
     for layer in seen.layers:
-        rows = [[(measure.replace("_", " "), getattr(row, measure)) for measure in MEASURES] for row in of(layer, scores)]
+        rows = [
+            [(measure.replace("_", " "), getattr(row, measure)) for measure in MEASURES]
+            for row in scores
+            if row.layer == layer.name
+        ]
         maps.append(HeadMaps(layer.name, layer.queries, layer.keys, layer.weights, rows))
     page, pictures = folder / "attention.html", [folder / "overview.png"]
     write_attention_page(page, f"Attention in {name}", maps, seen.tokens, seen.predicted, seen.alternatives)
@@ -75,21 +79,15 @@ def draw(name: str, seen: Attention, scores: Sequence[HeadScores], folder: Path)
     return page, pictures
 
 
-def of(layer: Any, scores: Sequence[HeadScores]) -> list[HeadScores]:
-    """The scores of one layer's heads."""
-    return [row for row in scores if row.layer == layer.name]
-
-
 def show(scores: Sequence[HeadScores]) -> None:
     """The table, the highest of each measure in bold."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
-    table.add_column("layer", overflow="fold")
-    table.add_column("head", justify="right")
-    for name in MEASURES:
-        table.add_column(name.replace("_", " "), justify="right")
+    table.add_column("layer", no_wrap=True)
+    for name in ("head", *MEASURES):
+        table.add_column(name.removesuffix("_token"), justify="right")
     best = {name: max((getattr(row, name) or 0.0 for row in scores), default=0.0) for name in MEASURES}
     for row in scores:
         cells = []
@@ -97,5 +95,5 @@ def show(scores: Sequence[HeadScores]) -> None:
             value = getattr(row, name)
             text = "-" if value is None else f"{value:.3f}"
             cells.append(f"[bold]{text}[/bold]" if value and value == best[name] else text)
-        table.add_row(row.layer, str(row.head), *cells)
+        table.add_row(row.layer if row.head == 0 else "", str(row.head), *cells)
     Console(highlight=False).print(table)

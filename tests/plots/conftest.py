@@ -109,7 +109,9 @@ class Browser:
         """Scroll the element into view and give its middle."""
         script = f"document.querySelectorAll({json.dumps(selector)})[{number}]"
         self.run(f"{script}.scrollIntoView({{block: 'nearest', inline: 'nearest'}})")
-        box = self.run(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({script}.getBoundingClientRect())")
+        box = self.run(
+            f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({script}.getBoundingClientRect())"
+        )
         return box[0], box[1]
 
     def hover(self, selector: str, number: int = 0) -> None:
