@@ -51,11 +51,11 @@ def run(words: list[str]) -> int:
     if given.json:
         print_json(found)
     else:
-        show(found, by_part(facts), by_block(facts))
+        show(found, by_part(facts), by_block(facts), opened.settings.reads_source)
     return 0
 
 
-def show(found: dict[str, Any], parts: Sequence[PartFacts], blocks: Sequence[PartFacts]) -> None:
+def show(found: dict[str, Any], parts: Sequence[PartFacts], blocks: Sequence[PartFacts], reads_source: bool) -> None:
     """Everything as text and tables."""
     settings, tokenizer, gradient = found["settings"], found["tokenizer"], found["gradient"]
     print(f"{found['run']}: a {settings['kind']} of {found['parameters']:,} parameters\n")
@@ -66,7 +66,8 @@ def show(found: dict[str, Any], parts: Sequence[PartFacts], blocks: Sequence[Par
         about = f"one batch of {gradient['tokens']:,} held-out tokens, where the loss is {gradient['loss']:.4f}"
         print(f"gradient   of {about}")
     else:
-        print("gradient   not measured: this run has no held-out text to measure it on")
+        reason = "this model reads a source" if reads_source else "this run has no held-out text to measure it on"
+        print(f"gradient   not measured: {reason}")
     table("part", parts, found["parameters"])
     for name, other in found["tied"].items():
         print(f"{name} is {other} (tied), counted once")

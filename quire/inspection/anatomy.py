@@ -26,6 +26,7 @@ PARTS = {
     "LayerNorm": "norms",
     "RMSNorm": "norms",
     "OutputHead": "head",
+    "Linear": "dense",
 }
 OTHER = "other"
 
