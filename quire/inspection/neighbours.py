@@ -72,10 +72,10 @@ def find_token(tokenizer: Tokenizer, text: str) -> int:
             return names.index(written)
     if not text:
         raise UserError("--token is empty. Name a token, such as one of those that quire look shows.")
+    near = nearest(text[:40], names) or nearest(text[:40].swapcase(), names)
     if len(ids) > 1 and tokenizer.decode(ids) == text:
         parts = ", ".join(repr(names[i]) for i in ids[:8]) + (" ..." if len(ids) > 8 else "")
-        raise UserError(f"--token {text[:40]!r} is {len(ids)} tokens to this model: {parts}. Name one of them.")
-    near = nearest(text[:40], names) or nearest(text[:40].swapcase(), names)
+        raise UserError(f"--token {text[:40]!r} is {len(ids)} tokens to this model: {parts}. Name one of them.{near}")
     raise UserError(f"--token {text[:40]!r} is not a token of this model's vocabulary of {len(names):,}.{near}")
 
 

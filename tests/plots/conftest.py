@@ -1,5 +1,6 @@
 """A real browser, driven over a pipe: what a page's own JavaScript does, seen from outside."""
 
+import base64
 import fcntl
 import json
 import os
@@ -8,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,6 @@ class Browser:
 
     def picture(self, path: Path) -> None:
         """A screenshot as PNG."""
-        import base64
-
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def close(self) -> None:
@@ -150,23 +149,21 @@ class Browser:
 
 
 @pytest.fixture(scope="session")
-def start_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Browser]]:
-    """Starts a fresh Chromium; the test is skipped where there is none."""
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """One browser for all tests; they are skipped where there is none."""
     program = next(filter(None, map(shutil.which, NAMES)), None)
-    started: list[Browser] = []
-
-    def start() -> Browser:
-        if program is None or os.name != "posix":
-            pytest.skip("needs Chromium or Chrome on the PATH, on a POSIX system")
-        started.append(Browser(program, tmp_path_factory.mktemp("profile")))
-        return started[-1]
-
-    yield start
-    for browser in started:
-        browser.close()
+    if program is None or os.name != "posix":
+        pytest.skip("needs Chromium or Chrome on the PATH, on a POSIX system")
+    browser = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
 
 
 @pytest.fixture
-def browser(start_browser: Callable[[], Browser]) -> Browser:
-    """A browser with an empty page."""
-    return start_browser()
+def browser(chromium: Browser) -> Browser:
+    """The browser with an empty page, and nothing to complain of yet."""
+    chromium.call("Page.navigate", url="about:blank")
+    chromium.until("location.href === 'about:blank' && document.readyState === 'complete'")
+    chromium.errors.clear()
+    chromium.requests.clear()
+    return chromium
