@@ -95,7 +95,7 @@ def wrapped(phrases: list[str], width: int = 100) -> str:
     """Phrases with commas between, in lines of about `width`, the later ones indented."""
     lines = [""]
     for index, phrase in enumerate(phrases):
-        if lines[-1] and len(lines[-1]) + len(phrase) > width - 11:
+        if lines[-1] and len(lines[-1]) + len(phrase) > width - 13:  # the indent, and a comma
             lines.append("")
         lines[-1] += phrase + (", " if index < len(phrases) - 1 else "")
     return f"\n{' ' * 11}".join(line.rstrip() for line in lines)
