@@ -1,8 +1,5 @@
 """A model taken apart: every parameter once, norms beside torch's own, gradients beside autograd's."""
 
-import dataclasses
-from typing import Any
-
 import pytest
 import torch
 
@@ -12,22 +9,10 @@ from quire.inspection.anatomy import anatomy, by_block, by_part, held_out_gradie
 from quire.models import MODELS
 from quire.run import Run
 
-SMALL = {  # those of these fields that a model's settings have
-    "vocabulary_size": 13, "context_length": 12, "separator": 12, "embedding_size": 16, "hidden_size": 16, "layers": 3,
-    "heads": 4, "kv_heads": 2, "feedforward_size": 24, "window": 4,
-}  # fmt: skip
-
-
-def built(kind: str, **changes: Any) -> Any:
-    settings = MODELS[kind].Settings
-    names = {field.name for field in dataclasses.fields(settings)}
-    given = {**SMALL, **changes, "kind": kind}
-    return MODELS[kind](settings(**{name: value for name, value in given.items() if name in names}))
-
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_parameter_is_counted_once(kind: str) -> None:
-    model = built(kind)
+def test_every_parameter_is_counted_once(kind: str, small_model) -> None:
+    model = small_model(kind)
     facts = anatomy(model)
     total = sum(parameter.numel() for parameter in model.parameters())
     assert [fact.name for fact in facts] == [name for name, _ in model.named_parameters()]
@@ -40,8 +25,8 @@ def test_every_parameter_is_counted_once(kind: str) -> None:
     assert len({fact.block for fact in facts} - {""}) >= 2
 
 
-def test_the_parts_of_a_gpt() -> None:
-    facts = {fact.name: fact for fact in anatomy(built("gpt", qk_norm=True))}
+def test_the_parts_of_a_gpt(small_model) -> None:
+    facts = {fact.name: fact for fact in anatomy(small_model("gpt", qk_norm=True))}
     for name, part, block in [
         ("token_embedding.weight", "embedding", ""),
         ("positions.weight", "positions", ""),
@@ -56,9 +41,9 @@ def test_the_parts_of_a_gpt() -> None:
     assert [part.name for part in by_block(facts.values())][:3] == ["embedding", "positions", "blocks.0"]
 
 
-def test_a_tied_head_is_named_and_not_counted() -> None:
-    assert tied_names(built("gpt")) == {"head.weight": "token_embedding.weight"}
-    untied = built("gpt", tied=False)
+def test_a_tied_head_is_named_and_not_counted(small_model) -> None:
+    assert tied_names(small_model("gpt")) == {"head.weight": "token_embedding.weight"}
+    untied = small_model("gpt", tied=False)
     assert tied_names(untied) == {} and "head" in {part.name for part in by_part(anatomy(untied))}
 
 

@@ -1,6 +1,5 @@
 """Attention weights: those that the fused kernel works with, of every kind of model; and the run's way to them."""
 
-import dataclasses
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,22 +20,6 @@ from quire.models import MODELS
 from quire.models.gpt import GPT, GPTSettings
 from quire.run import Run
 
-SMALL = {  # those of these fields that a model's settings have
-    "vocabulary_size": 13, "context_length": 12, "separator": 12, "embedding_size": 16, "hidden_size": 16, "layers": 3,
-    "heads": 4, "kv_heads": 2, "feedforward_size": 24, "window": 4,
-}  # fmt: skip
-
-
-def built(kind: str) -> Any:
-    """A small model in evaluation mode, all of whose weights are random numbers large enough to matter."""
-    settings = MODELS[kind].Settings
-    names = {field.name for field in dataclasses.fields(settings)}
-    model = MODELS[kind](settings(**{name: value for name, value in {**SMALL, "kind": kind}.items() if name in names}))
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) / 3
-    return model.eval()
-
 
 def random_tokens(*shape: int, seed: int = 2) -> Tensor:
     return torch.randint(12, shape, generator=torch.Generator().manual_seed(seed))
@@ -52,9 +35,9 @@ def sequences(model: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", MODELS)
 @torch.no_grad()
-def test_recorded_weights_are_those_of_the_fused_path(kind: str) -> None:
+def test_recorded_weights_are_those_of_the_fused_path(kind: str, small_model) -> None:
     """They give, from the same values, what the kernel gives; through the output map, what the layer gives."""
-    model = built(kind)
+    model = small_model(kind)
     rows = sequences(model)
     seen: dict[str, tuple] = {}
 
@@ -119,8 +102,8 @@ def test_weights_are_transformers_own() -> None:
         assert float(wanted.std()) > 0.05
 
 
-def test_recording_leaves_the_model_as_it_was() -> None:
-    model = built("gpt").train()
+def test_recording_leaves_the_model_as_it_was(small_model) -> None:
+    model = small_model("gpt").train()
     for tokens in ([1, 2, 3], [99]):  # the second is none of its tokens: the forward fails
         try:
             record(model, {"prompt": tokens})
@@ -163,9 +146,9 @@ def test_a_prompt_too_long_loses_its_beginning(tiny: Run, monkeypatch: pytest.Mo
     assert found.ids["prompt"][:2] == [1, 1] and "".join(found.tokens["prompt"][2:]) == prompt[-30:]
 
 
-def test_many_heads_shorten_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_heads_shorten_what_is_shown(small_model, monkeypatch: pytest.MonkeyPatch) -> None:
     """All weights together stay below a bound: a page of them can be opened."""
-    model = built("gpt")
+    model = small_model("gpt")
     assert longest(model, 0) == 12
     monkeypatch.setattr(inspected, "CELLS", 600)
     assert longest(model, 0) == 7 == math.isqrt(600 // (3 * 4))
