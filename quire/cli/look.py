@@ -58,7 +58,7 @@ def run(words: list[str]) -> int:
 def show(found: dict[str, Any], parts: Sequence[PartFacts], blocks: Sequence[PartFacts], reads_source: bool) -> None:
     """Everything as text and tables."""
     settings, tokenizer, gradient = found["settings"], found["tokenizer"], found["gradient"]
-    print(f"{found['run']}: a {settings['kind']} of {found['parameters']:,} parameters\n")
+    print(f"{found['run']}: {settings['kind']}, {found['parameters']:,} parameters\n")
     left_out = ("kind", "vocabulary_size", "separator")
     print("settings   " + wrapped([f"{name} {value}" for name, value in settings.items() if name not in left_out]))
     print("tokenizer  " + wrapped(described(tokenizer)))
@@ -83,7 +83,7 @@ def described(tokenizer: dict[str, Any]) -> list[str]:
     """The facts of a tokenizer as short phrases."""
     facts = [f"{tokenizer['kind']} with {tokenizer['vocabulary_size']:,} tokens"]
     facts.append("special: " + ", ".join(f"{name} {number}" for name, number in tokenizer["specials"].items()))
-    if tokenizer["occurring"] is not None:
+    if tokenizer["bytes_per_token"] is not None:
         facts.append(f"{tokenizer['occurring']:,} of them occur in the held-out text")
         facts.append(f"{tokenizer['bytes_per_token']:.2f} bytes per token there")
     if max(map(len, tokenizer["longest"]), default=0) > 1:

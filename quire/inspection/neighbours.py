@@ -85,9 +85,11 @@ def tokenizer_facts(run: Run) -> TokenizerFacts:
     plain = (i for i in range(tokenizer.vocabulary_size) if i not in tokenizer.reserved())
     longest = sorted({tokenizer.name(i) for i in plain}, key=lambda name: (-len(name), name))[:LONGEST_SHOWN]
     occurring, share = None, None
-    if (run.path / "data" / "validation.bin").is_file() and len(tokens := run.validation_tokens()) > 1:
-        occurring = len(np.setdiff1d(tokens, sorted(tokenizer.reserved())))
-        share = run.manifest["validation"]["bytes"] / (len(tokens) - 1)
+    if (run.path / "data" / "validation.bin").is_file():
+        tokens = run.validation_tokens()
+        tokens = tokens[~np.isin(tokens, sorted(tokenizer.reserved()))]
+        occurring = len(np.unique(tokens))
+        share = len(tokenizer.decode(tokens).encode()) / len(tokens) if len(tokens) else None
     return TokenizerFacts(
         tokenizer.kind, tokenizer.vocabulary_size, dict(tokenizer.specials), longest, occurring, share
     )

@@ -69,7 +69,7 @@ def test_look_takes_apart(tiny: Run, quire) -> None:
     said = quire("look", "tiny", "--token", "e")
     assert said.code == 0 and said.err == ""
     total = sum(parameter.numel() for parameter in tiny.model("cpu").parameters())
-    assert said.out.startswith(f"tiny: a gpt of {total:,} parameters\n")
+    assert said.out.startswith(f"tiny: gpt, {total:,} parameters\n")
     assert "tokenizer  character with" in said.out and "embedding_size 16" in said.out
     assert re.search(r"gradient   of one batch of [\d,]+ held-out tokens, where the loss is \d\.\d{4}\n", said.out)
     assert "head.weight is token_embedding.weight (tied), counted once" in said.out
