@@ -20,6 +20,7 @@ COMMANDS = {
     "look": "a model's parts, the norms of its weights and gradients, a token's neighbours",
     "tokenizer": "train a tokenizer, encode and decode with one, compare several on a text",
     "runs": "list the runs below a folder",
+    "models": "list the kinds of model and their presets: parameters, memory, arithmetic",
     "corpora": "list the texts known by name",
     "doctor": "what this machine has, and what is missing",
 }
