@@ -1,7 +1,6 @@
 """A real browser, driven over a pipe: what a page's own JavaScript does, seen from outside."""
 
 import base64
-import fcntl
 import json
 import os
 import selectors
@@ -29,6 +28,8 @@ class Browser:
     """
 
     def __init__(self, program: str, profile: Path) -> None:
+        import fcntl  # of POSIX only
+
         read_commands, self.commands = os.pipe()
         self.answers, write_answers = os.pipe()
 
