@@ -97,10 +97,11 @@ def from_spelled(
         raise UserError(f"{where} is not a tokenizer: it has {len(numbers)} tokens and an id {max(numbers)}.")
     if 0 < vocabulary_size <= max(numbers):
         raise UserError(f"{where} has an id {max(numbers)}, but a vocabulary of {vocabulary_size} was asked for.")
+    if len(set(numbers)) != len({*vocabulary, *specials}):
+        raise UserError(f"{where} is damaged: two of its tokens have the same id, or a special token has two.")
     tokens = [b""] * max(vocabulary_size, 1 + max(numbers))
-    taken = set(specials.values())
     for spelling, number in vocabulary.items():
-        if number not in taken:
+        if spelling not in specials:
             tokens[number] = _bytes_of(spelling, where)
     triples = [(vocabulary[left], vocabulary[right], vocabulary[left + right]) for left, right in pairs]
     for left, right, both in triples:

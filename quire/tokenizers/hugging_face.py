@@ -72,8 +72,8 @@ def _of_byte_level(tokenizer: ByteBPETokenizer) -> Table:
     if tokenizer.pattern == "smollm":
         steps = [{"type": "Digits", "individual_digits": True}, {**byte_level, "use_regex": True}]
     else:
-        split = {"type": "Split", "pattern": {"Regex": HUGGING_FACE[tokenizer.pattern]}, "behavior": "Isolated"}
-        steps = [{**split, "invert": False}, {**byte_level, "use_regex": False}]
+        apart = {"type": "Split", "pattern": {"Regex": HUGGING_FACE[tokenizer.pattern]}, "behavior": "Isolated"}
+        steps = [{**apart, "invert": False}, {**byte_level, "use_regex": False}]
     own: Table = {
         "pattern": tokenizer.pattern,
         "separator": names[tokenizer.separator],

@@ -216,7 +216,7 @@ def damaged_tables(good: dict) -> dict[str, tuple[object, str]]:
         "end marks": (changed(good, end_of_word_suffix="</w>"), "not byte-level BPE"),
         "no vocabulary": (changed(good, vocab={}), "not a tokenizer"),
         "a list for a vocabulary": (changed(good, vocab=[["a", 1]]), "not a tokenizer"),
-        "a letter of no byte": (changed(good, vocab={**vocabulary, "森": 399}), "not spelled in GPT-2's letters"),
+        "a letter of no byte": (changed(good, vocab={**vocabulary, "森": 400}), "not spelled in GPT-2's letters"),
         "a byte without a token": (changed(good, vocab=incomplete), "lacks|not a"),
         "an id below 0": (changed(good, vocab={**vocabulary, "zzzz": -3}), "not a tokenizer"),
         "an id beyond memory": (changed(good, vocab={**vocabulary, "zzzz": 10**15}), "not a tokenizer"),
