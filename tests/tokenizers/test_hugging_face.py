@@ -144,6 +144,16 @@ def test_a_byte_that_has_no_token_is_refused_or_left_out(family, monkeypatch):
         monkeypatch.setattr("quire.tokenizers.core.fast", None)
 
 
+def test_text_and_its_bytes_are_brought_into_nfc_and_what_is_no_text_is_kept(family):
+    ours = from_hugging_face(family("qwen2"))
+    assert isinstance(ours, ByteBPETokenizer)
+    apart, together = "cafe\u0301 \u1100\u1161 \u212b", "caf\u00e9 \uac00 \u00c5"
+    assert ours.encode(apart) == ours.encode(together) and ours.decode(ours.encode(apart)) == together
+    assert ours.encode_bytes(apart.encode()).tolist() == ours.encode(together)
+    data = b"\xff" + "e\u0301".encode() + b"\xe2\x82"
+    assert ours.decode_bytes(ours.encode_bytes(data)) == b"\xff\xc3\xa9\xe2\x82"
+
+
 # ---- characters ----
 
 

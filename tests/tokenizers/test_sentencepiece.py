@@ -4,10 +4,12 @@ import io
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quire.data.encode import stream
 from quire.errors import UserError
 from quire.tokenizers import SentencePieceTokenizer, load_tokenizer
 from quire.tokenizers.gguf import BYTE, CONTROL, NORMAL, UNKNOWN, from_gguf
@@ -134,6 +136,13 @@ def test_every_text_comes_back(name, family, texts):
         ours.encode("a\ud800")
     with pytest.raises(UserError, match="below the vocabulary size"):
         ours.decode([ours.vocabulary_size])
+
+
+def test_a_document_that_comes_in_blocks_has_the_ids_of_the_whole(family):
+    ours = from_hugging_face(family("llama2"))
+    blocks = [(True, "The owl"), (False, " calls\n"), (False, "upon"), (True, "a night")]
+    ids = np.concatenate(list(stream(ours, blocks))).tolist()
+    assert ids == [2, *ours.encode("The owl calls\nupon"), 2, *ours.encode("a night")]
 
 
 # ---- characters without a piece ----
