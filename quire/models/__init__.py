@@ -3,10 +3,11 @@
 from typing import Any
 
 from quire.errors import choose
+from quire.models.encoder_decoder import EncoderDecoder
 from quire.models.gpt import GPT
 from quire.models.settings import ModelSettings
 
-MODELS: dict[str, Any] = {"gpt": GPT}
+MODELS: dict[str, Any] = {"gpt": GPT, "encoder-decoder": EncoderDecoder}
 
 
 def build_model(settings: ModelSettings) -> Any:
