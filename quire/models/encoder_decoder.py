@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from quire.errors import UserError
-from quire.layers.attention import MultiHeadAttention, visibility
+from quire.layers.attention import MultiHeadAttention
 from quire.layers.cache import KeyValueCache
 from quire.layers.cross_attention import CrossAttention, source_visibility
 from quire.layers.cross_entropy import IGNORED, CrossEntropy
@@ -25,6 +24,7 @@ from quire.layers.layer import Block, Layer
 from quire.layers.linear import Linear, OutputHead
 from quire.layers.normalization import LayerNorm
 from quire.layers.positions import SinusoidalPositions
+from quire.layers.sparsity import Pattern, Sight
 from quire.models.settings import ModelSettings
 
 
@@ -273,12 +273,9 @@ class EncoderDecoder(Layer):
         past = cache.length if cache is not None else 0
         if cache is not None:
             mask = cache.target.extended_mask(mask, batch, new)
-        visible = visibility(new, past, mask, tokens.device)
-        if mask is not None:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T): padding takes no position
-        else:
-            positions = torch.arange(past, past + new, device=tokens.device)  # (T)
-        x = self.dropout(self.embed(self.token_embedding, tokens, positions))
+        sight = Sight.of(new, past, tokens.device, mask)  # in which padding takes no position
+        visible = sight.visible(Pattern(), past)
+        x = self.dropout(self.embed(self.token_embedding, tokens, sight.positions[..., past:]))
         for layer in self.depths():
             x = self.block(layer).run(x, visible, memory, source_visible, cache, layer)
         if self.norm is not None:
@@ -294,16 +291,15 @@ class EncoderDecoder(Layer):
         """What the encoder makes of a source (B, S): the memory (B, S, C), and where it may be looked at."""
         mask = source != IGNORED
         visible = source_visibility(mask)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        x = self.embed(self.source_embedding, source.masked_fill(~mask, 0), positions)
-        x = self.source_dropout(x)
+        positions = Sight.of(source.shape[1], 0, source.device, mask).positions
+        x = self.source_dropout(self.embed(self.source_embedding, source.masked_fill(~mask, 0), positions))
         for block in self.encoder:
             assert isinstance(block, EncoderBlock)
             x = block.run(x, visible)
         return (x if self.encoder_norm is None else self.encoder_norm(x)), visible
 
     def embed(self, embedding: Embedding, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Vectors (B, T, C): embeddings times sqrt(C), which waves of amplitude 1 do not drown (3.4), plus the waves."""
+        """Vectors (B, T, C): embeddings, times sqrt(C) so that the waves do not drown them (3.4), plus the waves."""
         x = embedding(tokens) * math.sqrt(self.settings.embedding_size)
         return x + self.positions(positions).to(x.dtype)
 
@@ -342,6 +338,7 @@ class EncoderDecoder(Layer):
         size = settings.embedding_size // settings.heads
         return EncoderDecoderCache(
             KeyValueCache(
-                settings.layers, batch, settings.heads, settings.context_length, size, weight.device, weight.dtype
-            )
+                [None] * settings.layers, batch, settings.heads, settings.context_length, size, weight.device,
+                weight.dtype,
+            )  # fmt: skip
         )
