@@ -136,7 +136,7 @@ class Documents:
             return {(row[BYTES], _sha256(text, row)) for row in leaders}
 
     def without(self, apart: set[Mark], index: Path) -> tuple["Documents", np.ndarray, set[Mark]]:
-        """These documents but for the groups marked so, by an index written to `index`; numbers and marks of those left.
+        """These documents without the groups marked so, by an index written to `index`; numbers, marks of those gone.
 
         Only documents of equal sizes are read and compared.
         """

@@ -13,6 +13,7 @@ A pair that does not fit the context length is left out, in training as in measu
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from quire.tokenizers import Tokenizer
 
 STEP = 1 << 22  # tokens searched for separators at once
 ALIKE, POOL = 64, 64  # pairs of about one length stand in groups of ALIKE, chosen among POOL times as many
+
+
+Examples: TypeAlias = "np.ndarray | TokenStream | Pairs"  # what a loss is summed over
 
 
 class Pairs:
@@ -71,7 +75,8 @@ class Pairs:
                 pool = order[first : first + ALIKE * POOL]
                 pool = pool[np.argsort(self.sizes[pool].sum(1), kind="stable")]
                 groups = [pool[at : at + ALIKE] for at in range(0, len(pool), ALIKE)]
-                order[first : first + len(pool)] = np.concatenate([groups[i] for i in generator.permutation(len(groups))])
+                generator.shuffle(groups)
+                order[first : first + len(pool)] = np.concatenate(groups)
             self._epoch, self._order = number, order
         return self._order
 

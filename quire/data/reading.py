@@ -129,9 +129,8 @@ class _Reader:
         elif glob.has_magic(text):
             self.add_found(text, self.files_matching(text))
         elif self.settings.pairs:
-            raise UserError(
-                f"There is no file of pairs named {text!r}.{nearest(text, list(TASKS))} Known tasks: {', '.join(TASKS)}."
-            )
+            hint = nearest(text, list(TASKS))
+            raise UserError(f"There is no file of pairs named {text!r}.{hint} Known tasks: {', '.join(TASKS)}.")
         else:
             raise UserError(
                 f"There is no file, folder or corpus named {text!r}.{nearest(text, list(CORPORA))} "

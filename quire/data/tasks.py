@@ -30,7 +30,7 @@ class Task:
     count: int
 
     def pairs(self) -> list[tuple[str, str]]:
-        """The same pairs at every call, no two with one key, in no order; the last tenth is held out as of any pairs."""
+        """The same pairs at every call, no two with one key, shuffled; the last tenth of them is held out."""
         generator, found = random.Random(SEED), dict[Hashable, tuple[str, str]]()
         while len(found) < self.count:
             source, target, key = self.draw(generator)

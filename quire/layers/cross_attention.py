@@ -19,7 +19,7 @@ def source_visibility(mask: Tensor) -> Tensor:
 
 
 class CrossAttention(Layer):
-    """Queries from `x`, keys and values from `memory` (Vaswani et al. 2017, 3.2.3): (B, T, C) and (B, S, C) to (B, T, C)."""
+    """Queries from `x` (B, T, C), keys and values from `memory` (B, S, C): gives (B, T, C). Vaswani et al. 2017, 3.2."""
 
     def __init__(self, size: int, heads: int, *, bias: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
@@ -34,9 +34,7 @@ class CrossAttention(Layer):
         """What `memory` (B, S, C) offers, each (B, H, S, D): the same for every position that will look at it."""
         return self._split(self.key(memory)), self._split(self.value(memory))
 
-    def forward(
-        self, x: Tensor, memory: Tensor, visible: Tensor, known: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor, visible: Tensor, known: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """`visible` as `source_visibility` gives it; `known` are memory's keys and values, where they were kept."""
         query = self._split(self.query(x))
         key, value = known if known is not None else self.keys_and_values(memory)

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from quire.errors import UserError
-from quire.layers.attention import MultiHeadAttention
+from quire.layers.attention import MultiHeadAttention, Visible
 from quire.layers.cache import KeyValueCache
 from quire.layers.cross_attention import CrossAttention, source_visibility
 from quire.layers.cross_entropy import IGNORED, CrossEntropy
@@ -147,7 +148,7 @@ class DecoderBlock(EncoderBlock):
     def forward(  # type: ignore[override]
         self,
         x: Tensor,
-        visible: Tensor | None,
+        visible: Visible,
         memory: Tensor | None,
         source_visible: Tensor,
         cache: "EncoderDecoderCache | None",
@@ -309,12 +310,12 @@ class EncoderDecoder(Layer):
         gradient = self.head.backward(self.loss.backward(grad))
         if self.norm is not None:
             gradient = self.norm.backward(gradient)
-        memory: Tensor | float = 0.0  # every layer of the decoder looked at the memory: their gradients add up
+        from_layers = []
         for layer in reversed(self.depths()):
-            gradient, looked = self.block(layer).undo(gradient)
-            memory = memory + looked
+            gradient, memory = self.block(layer).undo(gradient)
+            from_layers.append(memory)
         self.token_embedding.backward(self.dropout.backward(gradient) * scale)
-        assert isinstance(memory, Tensor)
+        memory = torch.stack(from_layers).sum(0)  # every layer of the decoder looked at the memory
         if self.encoder_norm is not None:
             memory = self.encoder_norm.backward(memory)
         for block in reversed(self.encoder):
@@ -335,10 +336,6 @@ class EncoderDecoder(Layer):
     def new_cache(self, batch: int) -> EncoderDecoderCache:
         """An empty cache for `batch` rows of up to context_length positions of a target."""
         settings, weight = self.settings, self.token_embedding.weight
-        size = settings.embedding_size // settings.heads
-        return EncoderDecoderCache(
-            KeyValueCache(
-                [None] * settings.layers, batch, settings.heads, settings.context_length, size, weight.device,
-                weight.dtype,
-            )  # fmt: skip
-        )
+        heads, size = settings.heads, settings.embedding_size // settings.heads
+        capacity, where = settings.context_length, (weight.device, weight.dtype)
+        return EncoderDecoderCache(KeyValueCache([None] * settings.layers, batch, heads, capacity, size, *where))

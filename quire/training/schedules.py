@@ -25,7 +25,9 @@ def cosine(progress: float, floor: float, share: float, age: float) -> float:
 
 def warmup_stable_decay(progress: float, floor: float, share: float, age: float) -> float:
     """The peak, then a straight line to the floor over the last `share` of the run (Hu et al. 2024, MiniCPM)."""
-    return 1.0 if progress < 1 - share else linear((progress - (1 - share)) / share if share else 0.0, floor, share, age)
+    return (
+        1.0 if progress < 1 - share else linear((progress - (1 - share)) / share if share else 0.0, floor, share, age)
+    )
 
 
 def inverse_square_root(progress: float, floor: float, share: float, age: float) -> float:
