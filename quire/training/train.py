@@ -305,8 +305,9 @@ def announce(run: Run, trainer: Trainer) -> None:
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     state, shape, threads = trainer.state, run.settings, torch.get_num_threads()
     length = f"{state.end - state.start:,} steps" if state.end else f"{state.minutes:g} minutes"
+    kind = f"{'an' if shape.kind[0] in 'aeiou' else 'a'} {shape.kind}"
     say(
-        f"Training {run.path}: a {shape.kind} of {parameters:,} parameters, context {shape.context_length},"
+        f"Training {run.path}: {kind} of {parameters:,} parameters, context {shape.context_length},"
         f" for {length} on {trainer.device} ({threads} thread{'s' * (threads != 1)})."
     )
     if trainer.settings.curriculum:
