@@ -73,10 +73,9 @@ class Pairs:
             # What is drawn together is filled up to the longest of it: the groups of a pool are alike in length.
             for first in range(0, len(order), ALIKE * POOL):
                 pool = order[first : first + ALIKE * POOL]
-                pool = pool[np.argsort(self.sizes[pool].sum(1), kind="stable")]
-                groups = [pool[at : at + ALIKE] for at in range(0, len(pool), ALIKE)]
-                generator.shuffle(groups)
-                order[first : first + len(pool)] = np.concatenate(groups)
+                pool = pool[: len(pool) // ALIKE * ALIKE]  # what makes no whole group stays as it is, at the end
+                alike = pool[np.argsort(self.sizes[pool].sum(1), kind="stable")].reshape(-1, ALIKE)
+                pool[:] = generator.permutation(alike).ravel()
             self._epoch, self._order = number, order
         return self._order
 

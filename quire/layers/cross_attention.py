@@ -19,7 +19,7 @@ def source_visibility(mask: Tensor) -> Tensor:
 
 
 class CrossAttention(Layer):
-    """Queries from `x` (B, T, C), keys and values from `memory` (B, S, C): gives (B, T, C). Vaswani et al. 2017, 3.2."""
+    """Queries from x (B, T, C), keys and values from memory (B, S, C), to (B, T, C) (Vaswani et al. 2017, 3.2.3)."""
 
     def __init__(self, size: int, heads: int, *, bias: bool = True, dropout: float = 0.0) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The encoder-decoder: gradients by hand, torch.nn.Transformer's numbers, caches, padding on both sides, beams' cuts."""
+"""The encoder-decoder: gradients by hand, torch.nn.Transformer's numbers, its cache, padding on both sides."""
 
 import itertools
 from typing import Any
