@@ -80,7 +80,7 @@ def test_a_line_that_is_no_pair_is_named(name):
 
 
 def test_a_file_that_is_not_there_and_a_task_misspelt():
-    with pytest.raises(UserError, match="no file of pairs named 'revers'. Did you mean reverse.* Known tasks: copy, "):
+    with pytest.raises(UserError, match=r"no file of pairs named 'revers'. Did you mean reverse.* Known tasks: copy, "):
         read(["revers"], DataSettings(pairs="revers"))
     with pytest.raises(UserError, match="no file, folder or corpus named 'reverse'"):
         read(["reverse"], DataSettings())  # a task is no text

@@ -1,4 +1,4 @@
-"""The tasks: every answer is right, every call gives the same, and what is held out is new in more than its spelling."""
+"""The tasks: every answer is right, every call gives the same, and what is held out is new."""
 
 import re
 from dataclasses import replace
