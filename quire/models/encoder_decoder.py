@@ -241,14 +241,15 @@ class EncoderDecoder(Layer):
         """Draw fresh weights from torch's default generator.
 
         Maps as Glorot and Bengio (2010): uniform within sqrt(6 / (inputs + outputs)). Embeddings normal with deviation
-        1 / sqrt(C), which the scale sqrt(C) brings to 1.
+        0.02, of which the paper says nothing: small enough beside the waves that attention soon finds its way by
+        position too.
         """
         for module in self.modules():
             if isinstance(module, Linear):
                 bound = math.sqrt(6 / sum(module.weight.shape))
                 nn.init.uniform_(module.weight, -bound, bound)
             elif isinstance(module, Embedding):
-                nn.init.normal_(module.weight, std=self.settings.embedding_size**-0.5)
+                nn.init.normal_(module.weight, std=0.02)
 
     def forward(
         self,

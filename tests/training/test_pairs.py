@@ -154,7 +154,7 @@ def test_pairs_that_do_not_fit_are_said(lab, train_pairs, capsys):
     said = capsys.readouterr().err
     assert "1 of 1" in said and "do not fit the context length of 16 tokens and are left out" in said
     assert run.manifest["validation"]["bytes"] < 16 * 12
-    write(lab.folder / "longer.tsv", [("a" * 30, f"b{i}") for i in range(60)])
+    write(lab.folder / "longer.tsv", [(f"{'a' * 30}{i}", "b") for i in range(60)])
     with pytest.raises(
         UserError, match=r"No pair .* fits the context length of 16 tokens. Give a longer --model.context"
     ):
