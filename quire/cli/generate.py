@@ -56,7 +56,8 @@ def run(words: list[str]) -> int:
         named = [({"prompt": sample.prompt} if given.prompts else {}) | sample.to_table() for sample in samples]
         print_json({"samples": named})
     elif given.prompts:
-        show(writer, write(writer, prompts, settings, given.show_alternatives))
+        lines = writer.answers and settings.samples == 1  # an answer a line, for other programs
+        show(writer, write(writer, prompts, settings, given.show_alternatives), numbered=not lines)
     else:
         answer(writer, prompts[0], settings, given.show_alternatives)
     return 0
@@ -113,10 +114,10 @@ def write(writer: Writer, prompts: Sequence[str], settings: GenerationSettings, 
     return samples
 
 
-def show(writer: Writer, samples: Sequence[Sample]) -> None:
-    """Several texts, numbered; a single text as it is."""
+def show(writer: Writer, samples: Sequence[Sample], numbered: bool) -> None:
+    """Whole texts, each with what the model expected, where that was asked for."""
     for number, sample in enumerate(samples, 1):
-        if len(samples) > 1:
+        if numbered:
             score = "" if sample.score is None else f" (score {sample.score.normalized:.4f})"
             print(f"--- {number}{score} ---")
         print(sample.text if writer.answers else sample.prompt + sample.text)
@@ -143,7 +144,7 @@ def table(sample: Sample) -> str:
 def answer(writer: Writer, prompt: str, settings: GenerationSettings, explained: bool) -> None:
     """Write after one prompt: as it comes, where it is a single text and nothing else."""
     if explained or settings.samples > 1:
-        show(writer, write(writer, [prompt], settings, explained))
+        show(writer, write(writer, [prompt], settings, explained), numbered=settings.samples > 1)
     else:
         stream(writer, prompt, settings)
 

@@ -48,9 +48,7 @@ class GenerationSettings(SamplingSettings):
                 raise UserError("--length-penalty ranks the texts of a beam search. Give --beams too, at least 2.")
             return
         if self.samples > self.beams:
-            raise UserError(
-                f"--samples {self.samples} of --beams {self.beams} cannot be: ask for at most {self.beams}."
-            )
+            raise UserError(f"--samples {self.samples} is more than the --beams {self.beams} that they come from.")
         for setting in fields(SamplingSettings):
             value, flag = getattr(self, setting.name), f"--{setting.name.replace('_', '-')}"
             if value != setting.default and not (flag == "--temperature" and value == 0):
@@ -96,15 +94,16 @@ class Writer:
     def start(self, prompt: str, unknown: Unknown = "error") -> Start:
         """The tokens of a prompt, in the form that this model was trained on."""
         ids, separator = self.tokenizer.encode(prompt, unknown, "text"), self.tokenizer.separator
-        if self.reads_source:
-            if len(ids) > (most := self.model.settings.context_length):
-                raise UserError(f"The prompt has {len(ids)} tokens, and this model reads at most {most}. Shorten it.")
-            return Start(prompt, (separator,), tuple(ids) or (self.start_token,))
-        if self.answers:
-            window = [separator, *ids, separator]
-        else:
+        context_length = self.model.settings.context_length
+        if not self.answers:  # a long text goes on from its end
             window = [*self.prefix, *ids] or [self.start_token]
-        return Start(prompt, tuple(shortened(window, self.model.settings.context_length, self.kept)))
+            return Start(prompt, tuple(shortened(window, context_length, self.kept)))
+        most = context_length if self.reads_source else context_length - 2  # beside the two separators
+        if len(ids) > most:
+            raise UserError(f"The prompt has {len(ids)} tokens, and this model reads at most {most}. Shorten it.")
+        if self.reads_source:
+            return Start(prompt, (separator,), tuple(ids) or (self.start_token,))
+        return Start(prompt, (separator, *ids, separator))
 
     @property
     def kept(self) -> int:

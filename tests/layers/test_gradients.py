@@ -22,6 +22,7 @@ from quire.layers.layer import Block, Layer, recording
 from quire.layers.linear import Linear, OutputHead
 from quire.layers.normalization import LayerNorm, RMSNorm
 from quire.layers.positions import LearnedPositions, RotaryPositions, RotaryScaling, SinusoidalPositions
+from quire.layers.recurrent import CELLS
 from quire.layers.sparsity import Pattern, Sight
 
 CPU = torch.device("cpu")
@@ -112,6 +113,18 @@ def cases() -> dict[str, Case]:
             )
     for bias in (True, False):
         made[f"swiglu bias {bias}"] = Case(lambda bias=bias: SwiGLU(3, 5, bias), [numbers(2, 3, 3)])
+
+    starts = ids(3, 4, below=2).bool()
+    for name, cell in CELLS.items():
+        for about, others in [
+            ("alone", ()),
+            ("left padding", (left_padded(3, 4),)),
+            ("right padding", (right_padded(3, 4),)),
+            ("documents", (None, starts)),
+            ("documents and padding", (left_padded(3, 4), starts)),
+        ]:
+            made[f"{name} {about}"] = Case(lambda cell=cell: cell(3, 2), [numbers(3, 4, 3)], others=others)
+        made[f"{name} one step"] = Case(lambda cell=cell: cell(3, 2), [numbers(2, 1, 3)])
 
     for name, targets in [
         ("all", ids(2, 4)),

@@ -28,6 +28,8 @@ CPU = torch.device("cpu")
 SMALL = {  # those of these fields that a model's settings have
     "vocabulary_size": 13, "context_length": 12, "separator": 12, "embedding_size": 16, "hidden_size": 16, "layers": 3,
     "heads": 4, "kv_heads": 2, "feedforward_size": 24, "window": 4,
+    "stack": ({"kind": "embedding", "size": 16}, {"kind": "lstm", "size": 12, "dropout": 0.1}, {"kind": "attention"},
+              {"kind": "gru", "normalization": "rmsnorm"}, {"kind": "block", "heads": 2}, {"kind": "layernorm"}),
 }  # fmt: skip
 
 
@@ -196,6 +198,7 @@ def test_compiles(kind):
     """Traced forward and backward as torch.compile does, but for the last step, which makes machine code."""
     model = built(kind).train()
     batch = a_batch(model)
+    torch._dynamo.reset()
     loss, expected = gradients(model, "autograd", batch)
     faster = torch.compile(copy.deepcopy(model), backend="aot_eager")
     again, found = gradients(faster, "autograd", batch)
