@@ -3,6 +3,7 @@
 from typing import Any
 
 from quire.errors import choose
+from quire.models.encoder_decoder import EncoderDecoder
 from quire.models.gpt import GPT
 from quire.models.modern import Modern
 from quire.models.recurrent import Recurrent
@@ -16,6 +17,7 @@ MODELS: dict[str, Any] = {
     "sparse": Sparse,
     "recurrent": Recurrent,
     "stack": Stack,
+    "encoder-decoder": EncoderDecoder,
 }
 
 

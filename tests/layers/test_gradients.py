@@ -13,6 +13,7 @@ import quire.layers
 from quire.layers.activations import ACTIVATIONS
 from quire.layers.attention import MultiHeadAttention, ScaledDotProductAttention
 from quire.layers.blocks import BLOCKS
+from quire.layers.cross_attention import CrossAttention, source_visibility
 from quire.layers.cross_entropy import IGNORED, CrossEntropy
 from quire.layers.dropout import Dropout
 from quire.layers.embedding import Embedding
@@ -132,6 +133,9 @@ def cases() -> dict[str, Case]:
         ("none", torch.full((2, 4), IGNORED)),
     ]:
         made[f"cross-entropy {name}"] = Case(CrossEntropy, [numbers(2, 4, 5) * 3], others=(targets,))
+        made[f"smoothed cross-entropy {name}"] = Case(
+            lambda: CrossEntropy(0.2), [numbers(2, 4, 5) * 3], others=(targets,)
+        )
     for norm in (lambda: LayerNorm(4), lambda: RMSNorm(4)):
         for placement, kind in BLOCKS.items():
             made[f"{placement}-norm block {type(norm()).__name__}"] = Case(
@@ -185,6 +189,19 @@ def cases() -> dict[str, Case]:
             [numbers(3, 4, 3)],
             others=(turn.angles(positions) if turn else None, Sight.of(4, 0, CPU, mask).visible(Pattern(), 0)),
         )
+    for heads in (1, 2):
+        for dropout in (0.0, 0.3):
+            for side, mask in [
+                ("no", torch.ones(3, 5).bool()),
+                ("right", right_padded(3, 5)),
+                ("left", left_padded(3, 5)),
+            ]:
+                made[f"cross-attention of {heads} heads, dropout {dropout}, {side} padding"] = Case(
+                    lambda heads=heads, dropout=dropout: CrossAttention(4, heads, dropout=dropout),
+                    [numbers(3, 2, 4), numbers(3, 5, 4, seed=4)],
+                    2,
+                    (source_visibility(mask),),
+                )
     return made
 
 
