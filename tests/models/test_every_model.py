@@ -231,7 +231,8 @@ def test_trains_resumes_and_loads(kind, desk: Path, pairs: Path):
         assert losses
     one, other = (runs[engine].model("cpu") for engine in ENGINES)
     for (name, ours), theirs in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
+        if not name.endswith("key.bias"):  # its gradient is 0 but for rounding, which Adam makes steps of
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
     found = Run("manual")
     assert found.settings == one.settings
     assert quire.evaluate(found).validation_loss == pytest.approx(quire.evaluate("autograd").validation_loss, rel=1e-3)
