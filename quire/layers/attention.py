@@ -35,7 +35,8 @@ class ScaledDotProductAttention(Layer):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible = None) -> Tensor:
         """query (B, H, T, D), key and value (B, K, S, D) give (B, H, T, D); `visible` as Sight.visible gives it."""
         if isinstance(visible, BlockSparse):
-            if self.tape is None and not (self.training and self.dropout.p):
+            plain = self.tape is None and not (self.training and self.dropout.p)
+            if plain and query.dtype is not torch.float64:  # whose precision that kernel does not keep
                 return visible.attend(query, key, value)
             visible = visible.dense()
         if self.tape is not None:

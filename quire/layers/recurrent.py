@@ -4,6 +4,7 @@ B batch, T time, C input channels, H state channels (size), G gates. x_t is an i
 Weights of all gates lie below each other, (G H, C) and (G H, H), named and ordered as in torch.nn.RNN, LSTM and GRU.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ class RNN(Layer):
     def __init__(self, inputs: int, size: int) -> None:
         super().__init__()
         self.inputs, self.size = inputs, size
+        # A GPU's kernel wants the weights as one piece of memory, and copies them together where they are not.
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk", UserWarning)
         self.weight_ih_l0 = nn.Parameter(torch.empty(self.GATES * size, inputs))
         self.weight_hh_l0 = nn.Parameter(torch.empty(self.GATES * size, size))
         self.bias_ih_l0 = nn.Parameter(torch.zeros(self.GATES * size))

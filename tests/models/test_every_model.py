@@ -28,7 +28,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = {  # those of these fields that a model's settings have
     "vocabulary_size": 13, "context_length": 12, "separator": 12, "embedding_size": 16, "hidden_size": 16, "layers": 3,
     "heads": 4, "kv_heads": 2, "feedforward_size": 24, "window": 4,
-    "stack": ({"kind": "embedding", "size": 16}, {"kind": "lstm", "size": 12, "dropout": 0.1}, {"kind": "attention"},
+    "stack": ({"kind": "embedding", "size": 16}, {"kind": "lstm", "size": 12}, {"kind": "attention"},
               {"kind": "gru", "normalization": "rmsnorm"}, {"kind": "block", "heads": 2}, {"kind": "layernorm"}),
 }  # fmt: skip
 
