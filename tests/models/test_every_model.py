@@ -232,7 +232,7 @@ def test_trains_resumes_and_loads(kind, desk: Path, pairs: Path):
     one, other = (runs[engine].model("cpu") for engine in ENGINES)
     for (name, ours), theirs in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
         if name.endswith("key.bias"):
-            continue  # its gradient is 0 but for rounding: softmax takes no notice of it, but Adam steps by the rounding
+            continue  # softmax takes no notice of it: its gradient is rounding, by which Adam steps all the same
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
     found = Run("manual")
     assert found.settings == one.settings
