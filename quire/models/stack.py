@@ -352,6 +352,7 @@ class Stack(PartsModel):
     """Tokens (B, T) in; logits (B, T, V) out, or the mean loss where targets are given."""
 
     Settings = StackSettings
+    settings: StackSettings
 
     def __init__(self, settings: StackSettings) -> None:
         layers = fitted(settings.stack)
@@ -363,10 +364,11 @@ class Stack(PartsModel):
 
     def initialize(self) -> None:
         """Linear maps normal with deviation 1 / sqrt(inputs); the last map of a residual attention or feedforward zero,
-        so that it begins as the identity (as in modded-nanogpt). Recurrent layers begin as their file says."""
-        nn.init.normal_(
-            self.token_embedding.weight, std=0.02 if self.head.weight is self.token_embedding.weight else 1.0
-        )
+        so that it begins as the identity (as in modded-nanogpt). Recurrent layers begin as their file says. A norm
+        brings a small embedding to size, and it learns fast; without one it must have size 1 from the start."""
+        first = next((part for part in self.blocks if not isinstance(part.inner, LearnedPositions)), None)
+        small = self.settings.tied or (isinstance(first, Part) and first.normalization is not None)
+        nn.init.normal_(self.token_embedding.weight, std=0.02 if small else 1.0)
         for module in self.blocks.modules():
             if isinstance(module, Linear) and not isinstance(module, OutputHead):
                 nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
