@@ -33,7 +33,7 @@ from quire.models.settings import ModelSettings
 class EncoderDecoderSettings(ModelSettings):
     """Shape of an encoder-decoder; the defaults are the paper's base model."""
 
-    reads_source: ClassVar[bool] = True
+    reads_source: ClassVar[bool] = True  # what is written answers a source
 
     kind: str = "encoder-decoder"
     context_length: int = 512  # tokens of a source, and of a target with its end, at most

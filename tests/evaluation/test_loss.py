@@ -92,13 +92,13 @@ class Counting(torch.nn.Module):
         self.asked: list[int] = []
         self.sizes: list[int] = []
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         counted = targets != IGNORED
-        assert torch.equal(inputs[counted] + 1, targets[counted])
+        assert torch.equal(tokens[counted] + 1, targets[counted])
         assert counted.any(1).all(), "a window that predicts nothing"
         assert not self.training
         self.asked += targets[counted].tolist()
-        self.sizes.append(inputs.numel())
+        self.sizes.append(tokens.numel())
         return torch.tensor(1.0)
 
 
