@@ -15,26 +15,9 @@ from quire.layers.layer import Layer
 from quire.layers.linear import Linear
 from quire.layers.normalization import RMSNorm
 from quire.layers.positions import RotaryPositions
+from quire.layers.sparsity import BlockSparse
 
-
-def visibility(
-    new: int, past: int, mask: Tensor | None, device: torch.device, segments: Tensor | None = None
-) -> Tensor | None:
-    """Which positions each new one may look at: True where it may, (T, S) or (B, 1, T, S).
-
-    None stands for the two plain cases that kernels know: a whole causal sequence, and one new token that sees all.
-    `mask` (B, S) is False on padding. Every position sees itself, so that padding yields numbers, never NaN.
-    `segments` (B, S) number the documents: no position sees into another one. Their blocks lie on the diagonal.
-    """
-    if mask is None and segments is None and (past == 0 or new == 1):
-        return None
-    causal = causal_mask(new, past, device)
-    visible = causal
-    if mask is not None:
-        visible = visible & mask[:, None, None, :]
-    if segments is not None:
-        visible = visible & (segments[:, None, past:, None] == segments[:, None, None, :])
-    return visible if mask is None else visible | causal.triu(past)
+Visible = Tensor | BlockSparse | None  # what quire.layers.sparsity.Sight.visible gives
 
 
 def causal_mask(new: int, past: int, device: torch.device) -> Tensor:
@@ -49,8 +32,12 @@ class ScaledDotProductAttention(Layer):
         super().__init__()
         self.dropout = Dropout(dropout)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
-        """query (B, H, T, D), key and value (B, K, S, D) give (B, H, T, D); `visible` as `visibility` gives it."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible = None) -> Tensor:
+        """query (B, H, T, D), key and value (B, K, S, D) give (B, H, T, D); `visible` as Sight.visible gives it."""
+        if isinstance(visible, BlockSparse):
+            if self.tape is None and not (self.training and self.dropout.p):
+                return visible.attend(query, key, value)
+            visible = visible.dense()
         if self.tape is not None:
             return self.spelled_out(query, key, value, visible)[0]
         return F.scaled_dot_product_attention(
@@ -98,7 +85,10 @@ class ScaledDotProductAttention(Layer):
 
 
 class MultiHeadAttention(Layer):
-    """Each position gathers values from earlier ones, in H different ways at once: (B, T, C) to (B, T, C)."""
+    """Each position gathers values from earlier ones, in H different ways at once: (B, T, C) to (B, T, C).
+
+    `bias` is of queries, keys and values; `output_bias` None: of the output too.
+    """
 
     def __init__(
         self,
@@ -108,6 +98,7 @@ class MultiHeadAttention(Layer):
         head_size: int,
         *,
         bias: bool = True,
+        output_bias: bool | None = None,
         qk_norm: bool = False,
         epsilon: float = 1e-6,
         rotary: RotaryPositions | None = None,
@@ -122,13 +113,13 @@ class MultiHeadAttention(Layer):
         self.key_norm = RMSNorm(head_size, epsilon) if qk_norm else None
         self.rotary = rotary
         self.attend = ScaledDotProductAttention(dropout)
-        self.output = Linear(heads * head_size, size, bias)
+        self.output = Linear(heads * head_size, size, bias if output_bias is None else output_bias)
 
     def forward(
         self,
         x: Tensor,
         angles: tuple[Tensor, Tensor] | None = None,
-        visible: Tensor | None = None,
+        visible: Visible = None,
         cache: KeyValueCache | None = None,
         layer: int = 0,
     ) -> Tensor:

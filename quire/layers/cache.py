@@ -1,5 +1,7 @@
 """What a model remembers of the tokens it has read, so that each new token costs one step and not a rereading."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,14 +9,16 @@ from torch import Tensor
 class KeyValueCache:
     """Keys and values of every layer for up to `capacity` positions, and which of them are real tokens.
 
-    `keys` and `values` are (layers, B, kv_heads, capacity, D); `mask` is (B, length), False on padding, or None
-    where no row is padded; `begins` (B, length) is True where a document begins, or None where nobody asked. A model
-    appends to it; it can be cut, copied and reordered.
+    A layer that reaches back only so many positions, the newest one counted, keeps no more than those (`reaches`:
+    one number a layer, None where it reaches back to the first). `keys` and `values` are a tensor for each layer,
+    (B, kv_heads, positions, D); `mask` is (B, length), False on padding, or None where no row is padded; `begins`
+    (B, length) is True where a document begins, or None where nobody asked. A model appends to it; it can be cut,
+    copied and reordered.
     """
 
     def __init__(
         self,
-        layers: int,
+        reaches: Sequence[int | None],
         batch: int,
         heads: int,
         capacity: int,
@@ -22,20 +26,32 @@ class KeyValueCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        shape = (layers, batch, heads, capacity, head_size)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        def empty(reach: int | None) -> Tensor:  # room for all, or what is kept grows and stays at reach - 1
+            return torch.zeros(batch, heads, capacity if reach is None else 0, head_size, device=device, dtype=dtype)
+
+        self.reaches, self.capacity = list(reaches), capacity
+        self.keys, self.values = [empty(reach) for reach in reaches], [empty(reach) for reach in reaches]
         self.mask: Tensor | None = None
         self.begins: Tensor | None = None
         self.length = 0
 
+    def held(self, layer: int) -> int:
+        """How many of the past positions that layer has."""
+        return self.length if self.reaches[layer] is None else self.keys[layer].shape[2]
+
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a layer's new keys and values (B, kv_heads, T, D) behind the old; gives all of that layer's so far."""
+        """Put a layer's new keys and values (B, kv_heads, T, D) behind the old; gives all that the layer may see."""
         end = self.length + keys.shape[2]
-        assert end <= self.keys.shape[3], f"the cache holds {self.keys.shape[3]} positions, not {end}"
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        assert end <= self.capacity, f"the cache holds {self.capacity} positions, not {end}"
+        reach = self.reaches[layer]
+        if reach is None:
+            self.keys[layer][:, :, self.length : end] = keys
+            self.values[layer][:, :, self.length : end] = values
+            return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        keys, values = torch.cat((self.keys[layer], keys), dim=2), torch.cat((self.values[layer], values), dim=2)
+        last = max(0, keys.shape[2] - reach + 1)  # the next position counts too
+        self.keys[layer], self.values[layer] = keys[:, :, last:].clone(), values[:, :, last:].clone()
+        return keys, values
 
     def extended_mask(self, mask: Tensor | None, batch: int, count: int) -> Tensor | None:
         """Which of the past and `count` new positions are tokens, (B, length + count); None where all are."""
@@ -43,9 +59,9 @@ class KeyValueCache:
             return None
         past, new = self.mask, mask
         if past is None:
-            past = torch.ones(batch, self.length, dtype=torch.bool, device=self.keys.device)
+            past = torch.ones(batch, self.length, dtype=torch.bool, device=self.keys[0].device)
         if new is None:
-            new = torch.ones(batch, count, dtype=torch.bool, device=self.keys.device)
+            new = torch.ones(batch, count, dtype=torch.bool, device=self.keys[0].device)
         return torch.cat((past, new), dim=1)
 
     def extended_begins(self, begins: Tensor) -> Tensor:
@@ -58,20 +74,30 @@ class KeyValueCache:
         self.mask, self.begins = mask, begins
 
     def cut(self, length: int) -> None:
-        """Forget all but the first `length` positions."""
-        self.length = min(length, self.length)
-        self.mask = None if self.mask is None else self.mask[:, : self.length]
-        self.begins = None if self.begins is None else self.begins[:, : self.length]
+        """Forget all but the first `length` positions; a ValueError where a layer no longer has what it would need."""
+        if length >= self.length:
+            return
+        for layer, reach in enumerate(self.reaches):
+            if reach is not None and self.held(layer) < self.length and length > 0:
+                raise ValueError(f"layer {layer} looks back {reach} positions, and has forgotten those before {length}")
+        for layer, reach in enumerate(self.reaches):
+            if reach is not None:
+                self.keys[layer], self.values[layer] = (
+                    kept[layer][:, :, :length].clone() for kept in (self.keys, self.values)
+                )
+        self.length = length
+        self.mask = None if self.mask is None else self.mask[:, :length]
+        self.begins = None if self.begins is None else self.begins[:, :length]
 
     def copy(self) -> "KeyValueCache":
         """An independent copy."""
-        return self.reordered(torch.arange(self.keys.shape[1], device=self.keys.device))
+        return self.reordered(torch.arange(self.keys[0].shape[0], device=self.keys[0].device))
 
     def reordered(self, rows: Tensor) -> "KeyValueCache":
         """A new cache whose row i is this one's row rows[i]; rows may repeat or be left out."""
         other = object.__new__(KeyValueCache)
-        other.keys, other.values = self.keys[:, rows], self.values[:, rows]
+        other.reaches, other.capacity, other.length = self.reaches, self.capacity, self.length
+        other.keys, other.values = [kept[rows] for kept in self.keys], [kept[rows] for kept in self.values]
         other.mask = None if self.mask is None else self.mask[rows]
         other.begins = None if self.begins is None else self.begins[rows]
-        other.length = self.length
         return other

@@ -3,6 +3,10 @@
 The first two give vectors that are added to the token embeddings; the third turns queries and keys.
 """
 
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -33,22 +37,66 @@ class SinusoidalPositions(Layer):
         """Nothing to learn, and nothing before it to hand a gradient to."""
 
 
+@dataclass(frozen=True)
+class RotaryScaling:
+    """How rotary angles are slowed down so that a model reads texts `factor` times as long as it was trained on.
+
+    linear: all alike (Chen et al. 2023). yarn: slow ones fully, fast ones not at all, those between in part, by the
+    turns that they make within `original_context` (Peng et al. 2023). llama3: the same idea by wavelength (Grattafiori
+    et al. 2024; the formula is in Meta's llama-models). `low` and `high` bound the part between; 0: the usual ones.
+    """
+
+    kind: Literal["none", "linear", "yarn", "llama3"] = "none"
+    factor: float = 1.0
+    original_context: int = 0
+    low: float = 0.0
+    high: float = 0.0
+
+    def __call__(self, frequencies: Tensor, base: float) -> Tensor:
+        """The angles per position that take the place of `frequencies` (D/2)."""
+        if self.kind == "none":
+            return frequencies
+        slowed = frequencies / self.factor
+        if self.kind == "linear":
+            return slowed
+        low, high = self.low or 1.0, self.high or {"llama3": 4.0, "yarn": 32.0}[self.kind]
+        if self.kind == "llama3":  # turns within the original context: below `low` slowed, above `high` as they were
+            turns = self.original_context * frequencies / (2 * math.pi)
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+        else:  # pair i makes context / (2 pi base^(2i/D)) turns: solved for i at `high` and at `low` turns
+            pairs = len(frequencies)
+
+            def pair(turns: float) -> float:
+                return pairs * math.log(self.original_context / (turns * 2 * math.pi)) / math.log(base)
+
+            first, last = max(math.floor(pair(high)), 0), min(math.ceil(pair(low)), 2 * pairs - 1)
+            ramp = torch.arange(pairs, device=frequencies.device, dtype=torch.float32) - first
+            kept = 1 - (ramp / max(last - first, 0.001)).clamp(0, 1)
+        return slowed * (1 - kept) + frequencies * kept
+
+    @property
+    def amplitude(self) -> float:
+        """What cosine and sine are multiplied by: yarn sharpens attention a little (Peng et al. 2023, 3.4)."""
+        return 0.1 * math.log(self.factor) + 1 if self.kind == "yarn" and self.factor > 1 else 1.0
+
+
 class RotaryPositions(Layer):
     """Turns each pair (i, i + D/2) of a query or key by p * base^(-2i/D) (Su et al. 2021; halves as in GPT-NeoX).
 
     A dot product of two turned vectors depends on the distance of their positions alone.
     """
 
-    def __init__(self, head_size: int, base: float = 10000.0) -> None:
+    def __init__(self, head_size: int, base: float = 10000.0, scaling: RotaryScaling | None = None) -> None:
         super().__init__()
-        self.head_size, self.base = head_size, base
+        self.head_size, self.base, self.scaling = head_size, base, scaling or RotaryScaling()
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine, each (T, 1, D/2) or (B, T, 1, D/2), of positions (T) or (B, T): made once for all layers."""
         even = torch.arange(0, self.head_size, 2, device=positions.device, dtype=torch.float32)
         frequencies = 1 / self.base ** (even / self.head_size)  # rounded in this order, as other implementations do
+        frequencies = self.scaling(frequencies, self.base)
         angles = (positions.float().unsqueeze(-1) * frequencies).unsqueeze(-2)
-        return angles.cos(), angles.sin()
+        return angles.cos() * self.scaling.amplitude, angles.sin() * self.scaling.amplitude
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """Turn x (B, T, H, D)."""

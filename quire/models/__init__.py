@@ -4,9 +4,11 @@ from typing import Any
 
 from quire.errors import choose
 from quire.models.gpt import GPT
+from quire.models.modern import Modern
 from quire.models.settings import ModelSettings
+from quire.models.sparse import Sparse
 
-MODELS: dict[str, Any] = {"gpt": GPT}
+MODELS: dict[str, Any] = {"gpt": GPT, "modern": Modern, "sparse": Sparse}
 
 
 def build_model(settings: ModelSettings) -> Any:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quire.layers.activations import ACTIVATIONS
-from quire.layers.attention import MultiHeadAttention, ScaledDotProductAttention, causal_mask, visibility
+from quire.layers.attention import MultiHeadAttention, ScaledDotProductAttention, causal_mask
 from quire.layers.dropout import Dropout
 from quire.layers.embedding import Embedding
 from quire.layers.feedforward import FeedForward, SwiGLU
@@ -16,6 +16,7 @@ from quire.layers.layer import Layer, recording
 from quire.layers.linear import Linear
 from quire.layers.normalization import LayerNorm, RMSNorm
 from quire.layers.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
+from quire.layers.sparsity import Pattern, Sight
 
 CPU = torch.device("cpu")
 
@@ -158,7 +159,7 @@ def test_fused_and_spelled_out_attention_are_equal(mask, past, kv_heads):
     attend = ScaledDotProductAttention().double()
     query = torch.randn(3, 4, 5 - past, 6, dtype=torch.float64)
     key, value = torch.randn(2, 3, kv_heads, 5, 6, dtype=torch.float64)
-    visible = visibility(5 - past, past, MASKS[mask], CPU)
+    visible = Sight(torch.arange(5), 5 - past, MASKS[mask]).visible(Pattern(), past)
     fused, recorded = twice(attend, query, key, value, visible)
     spelled_out, weights = attend.spelled_out(query, key, value, visible)
     close(fused, recorded)
@@ -174,7 +175,8 @@ def test_fused_and_spelled_out_attention_are_equal(mask, past, kv_heads):
 def test_visibility_position_by_position(mask, new, past, documents):
     """A position sees itself and the real tokens of its document before it, and no more."""
     real = None if MASKS[mask] is None else MASKS[mask][:, : past + new]
-    visible = visibility(new, past, real, CPU, None if documents is None else documents[:, : past + new])
+    documents = None if documents is None else documents[:, : past + new]
+    visible = Sight(torch.arange(past + new), new, real, documents).visible(Pattern(), past)
     if visible is None:  # the kernels' own cases
         assert real is None and documents is None
         visible = causal_mask(new, past, CPU)
@@ -192,7 +194,7 @@ def test_padding_never_yields_nan_and_never_reaches_a_token():
     mask = MASKS["left"]
     x = torch.randn(3, 5, 4, dtype=torch.float64)
     other = torch.where(mask.unsqueeze(-1), x, torch.randn_like(x))
-    visible = visibility(5, 0, mask, CPU)
+    visible = Sight.of(5, 0, CPU, mask).visible(Pattern(), 0)
     y, moved = attention(x, None, visible), attention(other, None, visible)
     assert y.isfinite().all()
     close(y[mask], moved[mask])

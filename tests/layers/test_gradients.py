@@ -11,7 +11,8 @@ from torch import Tensor
 
 import quire.layers
 from quire.layers.activations import ACTIVATIONS
-from quire.layers.attention import MultiHeadAttention, ScaledDotProductAttention, visibility
+from quire.layers.attention import MultiHeadAttention, ScaledDotProductAttention
+from quire.layers.blocks import BLOCKS
 from quire.layers.cross_entropy import IGNORED, CrossEntropy
 from quire.layers.dropout import Dropout
 from quire.layers.embedding import Embedding
@@ -19,7 +20,8 @@ from quire.layers.feedforward import FeedForward, SwiGLU
 from quire.layers.layer import Block, Layer, recording
 from quire.layers.linear import Linear, OutputHead
 from quire.layers.normalization import LayerNorm, RMSNorm
-from quire.layers.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
+from quire.layers.positions import LearnedPositions, RotaryPositions, RotaryScaling, SinusoidalPositions
+from quire.layers.sparsity import Pattern, Sight
 
 CPU = torch.device("cpu")
 
@@ -100,6 +102,8 @@ def cases() -> dict[str, Case]:
                 [numbers(2, 3, 4, head_size)],
                 others=rotary.angles(positions),
             )
+    yarn = RotaryPositions(6, 100.0, RotaryScaling("yarn", 4.0, 8))
+    made["rotary with an amplitude"] = Case(lambda: yarn, [numbers(2, 3, 4, 6)], others=yarn.angles(torch.arange(3)))
     for activation in ACTIVATIONS:
         for bias in (True, False):
             made[f"feedforward {activation} bias {bias}"] = Case(
@@ -115,6 +119,14 @@ def cases() -> dict[str, Case]:
         ("none", torch.full((2, 4), IGNORED)),
     ]:
         made[f"cross-entropy {name}"] = Case(CrossEntropy, [numbers(2, 4, 5) * 3], others=(targets,))
+    for norm in (lambda: LayerNorm(4), lambda: RMSNorm(4)):
+        for placement, kind in BLOCKS.items():
+            made[f"{placement}-norm block {type(norm()).__name__}"] = Case(
+                lambda kind=kind, norm=norm: kind(
+                    MultiHeadAttention(4, 2, 1, 2, dropout=0.2), FeedForward(4, 6, "gelu"), norm, 0.3
+                ),
+                [numbers(2, 5, 4)],
+            )
     made["cross-entropy of a plain list"] = Case(CrossEntropy, [numbers(6, 5)], others=(ids(6),))
 
     # (past, new positions, mask of past and new, or None, documents of past and new, or None)
@@ -129,7 +141,7 @@ def cases() -> dict[str, Case]:
         "documents, past and padding": (2, 3, left_padded(3, 5), ids(3, 5, below=2).cumsum(1)),
     }
     for name, (past, new, mask, segments) in sights.items():
-        visible = visibility(new, past, mask, CPU, segments)
+        visible = Sight(torch.arange(past + new), new, mask, segments).visible(Pattern(), past)
         for heads, kv_heads in [(4, 4), (4, 2), (2, 1)]:
             for dropout in (0.0, 0.3):
                 inputs = [
@@ -158,7 +170,7 @@ def cases() -> dict[str, Case]:
                 MultiHeadAttention(3, heads, kv, size, bias=bias, qk_norm=norm, rotary=turn, dropout=p)
             ),
             [numbers(3, 4, 3)],
-            others=(turn.angles(positions) if turn else None, visibility(4, 0, mask, CPU)),
+            others=(turn.angles(positions) if turn else None, Sight.of(4, 0, CPU, mask).visible(Pattern(), 0)),
         )
     return made
 
