@@ -19,6 +19,8 @@ from quire.errors import UserError
 from quire.interop.gguf_file import MAGIC, GGUFFile
 from quire.interop.imported import Foreign, halves
 from quire.layers.positions import RotaryScaling
+from quire.tokenizers import Tokenizer
+from quire.tokenizers.gguf import from_gguf
 
 IMPORTED = ("llama", "qwen2", "qwen3")
 
@@ -38,7 +40,20 @@ BLOCK = {
     "ffn_down": "feedforward.down",
 }
 FACTORS = "rope_freqs.weight"  # what each rotary angle is divided by: how llama3's scaling is written
-BEGINS = ("llama-bpe", "llama3", "llama-v3")  # splitting rules whose models have a token before every text
+TOKENIZER = {  # the tokenizer's parts, as tokenizers/gguf.py names them
+    "model": "model",
+    "pre": "pre",
+    "tokens": "tokens",
+    "token_types": "token_type",
+    "merges": "merges",
+    "scores": "scores",
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "pad": "padding_token_id",
+    "unknown": "unknown_token_id",
+    "add_bos": "add_bos_token",
+    "add_space_prefix": "add_space_prefix",
+}
 
 
 def recognizes(path: Path) -> bool:
@@ -67,24 +82,21 @@ def foreign(file: GGUFFile, origin: Table) -> Foreign:
         raise UserError(f"{file.where} is {what}, which Quire does not read. It imports {', '.join(IMPORTED)}.")
     if "split.count" in file.metadata and file.metadata["split.count"] != 1:
         raise UserError(f"{file.where} is one of several parts. Join them first: llama-gguf-split --merge.")
-    from quire.tokenizers.gguf import from_gguf
-
     settings = model_settings(file, architecture)
-    tokenizer = from_gguf(file.metadata, file.where)
+    tokenizer, prefix = tokenizer_of(file)
     check_shapes(file, settings, tokenizer.vocabulary_size)
     names = {"name": "general.name", "licence": "general.license", "chat_template": "tokenizer.chat_template"}
+    names["start_token"] = "tokenizer.ggml.bos_token_id"
     notes = {name: file.metadata[key] for name, key in names.items() if key in file.metadata}
-    begin = file.metadata.get("tokenizer.ggml.bos_token_id")
-    if begin is not None:
-        notes["start_token"] = begin
-    prefix = [begin] if begin is not None and begins(file.metadata) else []
     return Foreign(settings, tensors(file, architecture, settings), tokenizer, origin, prefix, notes)
 
 
-def begins(metadata: Table) -> bool:
-    """Whether every text has the beginning token before it; where the file does not say, as llama.cpp decides."""
-    usual = metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") in BEGINS
-    return bool(metadata.get("tokenizer.ggml.add_bos_token", usual))
+def tokenizer_of(file: GGUFFile) -> tuple[Tokenizer, list[int]]:
+    """The tokenizer, and the tokens that stand before every text."""
+    file.get("tokenizer.ggml.tokens", list)
+    keys = {name: f"tokenizer.ggml.{key}" for name, key in TOKENIZER.items()}
+    parts = {name: file.metadata[key] for name, key in keys.items() if key in file.metadata}
+    return from_gguf(**{"model": "", "token_types": [], **parts}, where=file.where)
 
 
 def model_settings(file: GGUFFile, architecture: str) -> Table:

@@ -15,10 +15,11 @@ from torch import Tensor
 from quire import checkpoint, files
 from quire.config import Table
 from quire.errors import UserError, choose
-from quire.interop.gguf import BLOCK, FACTORS, WHOLE, angles
+from quire.interop.gguf import BLOCK, FACTORS, TOKENIZER, WHOLE, angles
 from quire.interop.gguf_file import package
 from quire.interop.imported import neighbours
 from quire.run import Run
+from quire.tokenizers.gguf import to_gguf
 
 TYPES = {"": "F32", "f32": "F32", "f16": "F16", "q8_0": "Q8_0"}
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
@@ -38,13 +39,11 @@ def write(run: Run, out: Path, weights: str = "") -> None:
     What has one dimension stays float32, as llama.cpp wants it, and so do position embeddings; q8_0 takes matrices
     whose rows are multiples of 32, and leaves the others float16.
     """
-    from quire.tokenizers.gguf import to_gguf
-
     gguf, kind = package(), TYPES[choose("--type", weights, list(TYPES))]
     architecture = architecture_of(run.settings)
-    vocabulary = to_gguf(run.tokenizer)
+    vocabulary = tokenizer_entries(run)
     named = checkpoint.model_tensors(run.model("cpu"))
-    entries = {**metadata(run, architecture, named), **vocabulary, **texts_begin(run, vocabulary)}
+    entries = {**metadata(run, architecture, named), **vocabulary}
     entries |= {"general.file_type": int(gguf.LlamaFileType[FILE_TYPES[kind]]), "general.quantization_version": 2}
 
     def store(new: Path) -> None:
@@ -154,16 +153,12 @@ def scaling_entries(settings: Any) -> Table:
     return entries
 
 
-def texts_begin(run: Run, vocabulary: Table) -> Table:
-    """Whether a token stands before every text, and which."""
-    prefix = run.prompt_prefix()
-    if len(prefix) > 1:
-        raise UserError(f"{run.path} puts {len(prefix)} tokens before every prompt. GGUF has room for one.")
-    begin = run.manifest.get("start_token", vocabulary.get("tokenizer.ggml.eos_token_id"))
-    return {
-        "tokenizer.ggml.add_bos_token": bool(prefix),
-        "tokenizer.ggml.bos_token_id": prefix[0] if prefix else begin,
-    }
+def tokenizer_entries(run: Run) -> Table:
+    """The tokenizer, and which token a text begins with."""
+    parts = to_gguf(run.tokenizer, run.prompt_prefix())
+    if not parts["add_bos"] and "start_token" in run.manifest:
+        parts["bos"] = run.manifest["start_token"]
+    return {f"tokenizer.ggml.{TOKENIZER[name]}": value for name, value in parts.items() if value is not None}
 
 
 def foreign_tensors(settings: Any, architecture: str, named: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from quire import files
 from quire.errors import UserError
 from quire.interop.imported import Foreign, halves
+from quire.tokenizers.llama2c import read_llama2c
 
 BEGIN = 1  # the token before every text
 HEADER = struct.Struct("<7i")
@@ -79,8 +80,6 @@ def recognizes(path: Path) -> bool:
 
 def read(path: Path, tokenizer: Path | None = None) -> Foreign:
     """The model in a .bin file, with the tokenizer from a file beside it, or the one named."""
-    from quire.tokenizers.llama2c import read_llama2c
-
     header = checked_header(path)
     settings = {
         "kind": "modern",
