@@ -1,7 +1,7 @@
 """The base of every layer: an ordinary nn.Module that can also record, and run its own backward."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Block(Layer):
         if self.tape is None:
             return checkpoint(self, *inputs, use_reentrant=False) if torch.is_grad_enabled() else self(*inputs)
         drawn = [state for state, _ in generators(self._device()).values()]
-        with _tapes(self, None):
+        with recording(self):  # the very forward that is done again, whose tapes are let go
             result = self(*inputs)
         self.save(inputs, drawn)
         return result
@@ -77,18 +77,11 @@ class Block(Layer):
 
 @contextlib.contextmanager
 def recording(model: nn.Module) -> Iterator[None]:
-    """Within this block every Layer of `model` records its forward, so that `backward` may follow."""
-    with _tapes(model, list):
-        yield
-
-
-@contextlib.contextmanager
-def _tapes(model: nn.Module, fresh: Callable[[], list[Any]] | None) -> Iterator[None]:
-    """Within this block every Layer of `model` has a fresh tape, or none."""
+    """Within this block every Layer of `model` records its forward on a fresh tape, so that `backward` may follow."""
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     before = [layer.tape for layer in layers]
     for layer in layers:
-        layer.tape = fresh() if fresh else None
+        layer.tape = []
     try:
         yield
     finally:
