@@ -84,7 +84,10 @@ def create(foreign: Foreign, path: Path, context_length: int = 0) -> Run:
     def write(folder: Path) -> None:
         Run.create(folder, config, foreign.tokenizer, manifest(foreign), None, {}, tensors)
 
-    files.replace_folder(path, write)
+    try:
+        files.replace_folder(path, write)
+    finally:
+        shutil.rmtree(files.beside(path), ignore_errors=True)  # there only where something failed
     return Run(path)
 
 
