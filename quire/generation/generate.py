@@ -23,6 +23,7 @@ class GenerationSettings(SamplingSettings):
     seed: int = 1337  # of the random numbers
     stop: tuple[str, ...] = ()  # end before the first of these strings
     unknown: Unknown = "error"  # prompt characters outside the vocabulary: refuse, skip or replace them
+    special: Literal["text", "token"] = "text"  # <|name|> in a prompt: plain text, or the special token of that name
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +86,9 @@ class Writer:
 
     def steps(self, prompts: Sequence[str], settings: GenerationSettings, samples: list[Sample]) -> Iterator[None]:
         """Fill `samples` one token at a time, until each is complete."""
-        starts = [self.tokenizer.encode(prompt, settings.unknown, "text") or [self.start] for prompt in prompts]
+        starts = [
+            self.tokenizer.encode(prompt, settings.unknown, settings.special) or [self.start] for prompt in prompts
+        ]
         starts = [start for start in starts for _ in range(settings.samples)]
         samples.extend(Sample() for _ in starts)
         generators = [torch.Generator().manual_seed(settings.seed + i % settings.samples) for i in range(len(starts))]

@@ -14,8 +14,9 @@ from quire.interop.imported import Foreign, create
 from quire.interop.pretrained import PRETRAINED
 from quire.run import Run
 from quire.sources import SOURCES
+from quire.training import finetune
 
-from .conftest import TEXT
+from .conftest import TEXT, logits
 
 
 @pytest.fixture
@@ -38,6 +39,21 @@ def test_generate_evaluate_and_runs(run, quire):
     assert f'"run": "{run.path}"' in said.out and '"text": "imported from elsewhere"' in said.out
 
 
+def test_special_tokens_in_a_prompt(run, quire):
+    """As text a special's name is many tokens, as a token it is one: a model that was taught to chat needs those."""
+    name = next(iter(run.tokenizer.specials))
+    as_text, as_token = (
+        library.generate(run, f"{name}The", temperature=0, tokens=9, special=kind)[0].tokens
+        for kind in ("text", "token")
+    )
+    ids = [run.tokenizer.specials[name], *run.tokenizer.encode("The")]
+    with torch.no_grad():
+        row = run.model("cpu")(torch.tensor([ids]))[0, -1]
+    row[sorted(run.tokenizer.reserved() - {run.tokenizer.separator})] = -torch.inf
+    assert as_token[:1] == [int(row.argmax())] and as_text != as_token
+    assert quire("generate", str(run.path), "--prompt", f"{name}The", "--special", "token", "--tokens", "3").code == 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -57,24 +73,29 @@ def test_what_it_lacks_is_a_sentence(run, quire, words, said):
 
 def test_finetune_begins_with_its_weights_and_keeps_what_belongs_to_them(random_run, tmp_path, monkeypatch, quire):
     monkeypatch.chdir(tmp_path)
-    base = random_run(kind="modern", layers=1, context_length=600, prefix=(5,))
-    assert base.config["training"]["curriculum"] == [f"1:{imported.WINDOW}"]
-    (tmp_path / "text.txt").write_text(TEXT * 2, encoding="utf-8")
-    new = library.finetune(base, "text.txt", run="new", steps=2, curriculum=("1:32",), threads=1, device="cpu")
+    base = random_run(kind="modern", layers=1, context_length=32, prefix=(5,))
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    new = library.finetune(base, "text.txt", run="new", steps=2, threads=1, device="cpu")
     assert new.prompt_prefix() == [5] and not new.imported and new.manifest["finetuned_from"] == str(base.path)
-    first = new.metrics()[0]
-    assert first["step"] == 0 and new.metrics()[-1]["step"] == 2
+    assert new.metrics()[0]["step"] == 0 and new.metrics()[-1]["step"] == 2
     shutil.rmtree(base.path)  # it stands on its own
     assert quire("evaluate", "new").code == 0 and quire("resume", "new", "--steps", "1").code == 0
 
 
-def test_a_single_stage_stays_and_a_curriculum_does_not(random_run, tmp_path):
-    from quire.training.finetune import inherited
-
-    base = random_run(kind="modern", context_length=600)
-    assert inherited(base)["training"]["curriculum"] == ["1:512"]
-    base.config["training"]["curriculum"] = ["1:64", "1:128"]
-    assert inherited(base)["training"]["curriculum"] == []
+def test_finetuning_a_long_context_reads_shorter_windows(random_run, tmp_path, monkeypatch, quire):
+    monkeypatch.chdir(tmp_path)
+    for path, positions in (("rotary", "rotary"), ("learned", "learned")):
+        base = random_run(kind="gpt", positions=positions, layers=1, context_length=4000)
+        assert finetune.context_of(base, 0) == finetune.LONGEST and finetune.context_of(base, 4000) == 4000
+        with pytest.raises(UserError, match="--context-length must be between 2 and that of .*, 4000, not 4001"):
+            finetune.context_of(base, 4001)
+        (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+        flags = ("--context-length", "32", "--steps", "1", "--threads", "1", "--learning-rate", "0")
+        said = quire("finetune", str(base.path), "text.txt", *flags, "--run", path, "--json")
+        assert said.code == 0, said.err
+        new, ids = Run(path), base.tokenizer.encode("The owl calls")
+        assert new.settings.context_length == 32
+        assert torch.equal(logits(new, ids), logits(base, ids))
 
 
 # ---- whole or nothing ---------------------------------------------------------------------------------------------
