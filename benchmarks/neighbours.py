@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from quire import generate
+from quire.generation.generate import GenerationSettings, Writer
 from quire.interop import export_model, import_model
 from quire.interop.pretrained import PRETRAINED
 from quire.run import Run
@@ -81,7 +81,8 @@ def row(what: str, figure: Any, ok: bool) -> Row:
 
 def greedy(run: Run, prompts: tuple[str, ...], tokens: int = TOKENS) -> list[list[int]]:
     """What the run's model writes after each prompt, without the token that ends a text."""
-    return [generate(run, prompt, temperature=0, tokens=tokens, device="cpu")[0].tokens for prompt in prompts]
+    writer, settings = Writer(run, "cpu"), GenerationSettings(temperature=0, tokens=tokens)
+    return [writer.write([prompt], settings)[0].tokens for prompt in prompts]
 
 
 def stories260k(shared: Path, folder: Path) -> list[Row]:

@@ -21,7 +21,8 @@ class SamplingSettings:
     top_k: int = 0  # draw among the K likeliest tokens; 0: all
     top_p: float = 1.0  # draw among the likeliest tokens that together have this probability
     min_p: float = 0.0  # draw among tokens at least this share as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1: tokens already in the context become less likely
+    repetition_penalty: float = 1.0  # above 1: tokens already in the context, prompt and text, become less likely
+    presence_penalty: float = 0.0  # taken off the logit of every token already written; the prompt does not count
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -34,11 +35,23 @@ class SamplingSettings:
             raise UserError(f"--min-p must be between 0 and 1, not {self.min_p}.")
         if not 0 < self.repetition_penalty < math.inf:
             raise UserError(f"--repetition-penalty must be above 0, not {self.repetition_penalty}.")
+        if not math.isfinite(self.presence_penalty):
+            raise UserError(f"--presence-penalty must be a finite number, not {self.presence_penalty}.")
 
 
-def sample(logits: Tensor, context: Sequence[int], settings: SamplingSettings, generator: torch.Generator) -> int:
-    """The next token after `context`, drawn from `logits` (V) with `generator`, both on the CPU."""
+def sample(
+    logits: Tensor,
+    context: Sequence[int],
+    settings: SamplingSettings,
+    generator: torch.Generator,
+    written: Sequence[int] = (),
+) -> int:
+    """The next token after `context`, drawn from `logits` (V) with `generator`, both on the CPU.
+
+    `written` are those tokens that were drawn before, without the prompt's.
+    """
     logits = penalize_repetition(logits, context, settings.repetition_penalty)
+    logits = penalize_presence(logits, written, settings.presence_penalty)
     if settings.temperature == 0:
         return int(logits.argmax())
     logits = logits / settings.temperature
@@ -55,6 +68,14 @@ def penalize_repetition(logits: Tensor, context: Sequence[int], penalty: float) 
     seen = torch.tensor(sorted(set(context)))
     score = logits[seen]
     return logits.index_put((seen,), torch.where(score > 0, score / penalty, score * penalty))
+
+
+def penalize_presence(logits: Tensor, written: Sequence[int], penalty: float) -> Tensor:
+    """Subtract `penalty` once from the logit of each token written so far (OpenAI's and vLLM's presence_penalty)."""
+    if penalty == 0 or not written:
+        return logits
+    seen = torch.tensor(sorted(set(written)))
+    return logits.index_put((seen,), logits[seen] - penalty)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Each way of sampling against transformers' processor of that name, and what is true of all of them."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from quire.generation.sampling import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    penalize_presence,
     penalize_repetition,
     sample,
 )
@@ -71,6 +73,45 @@ def test_repetition_penalty(seed: int, penalty: float, context: list[int]) -> No
     logits = random_logits(seed)
     expected = theirs(RepetitionPenaltyLogitsProcessor(penalty), logits, tuple(context))
     assert torch.equal(penalize_repetition(logits, context, penalty), expected)
+
+
+@given(seeds, st.floats(-2, 2), st.lists(st.integers(0, V - 1), max_size=40))
+@few
+def test_presence_penalty(seed: int, penalty: float, written: list[int]) -> None:
+    """transformers has none; OpenAI's and vLLM's definition is logit - penalty * [the token was written before]."""
+    logits = random_logits(seed)
+    expected = [float(logits[token]) - penalty * (1 if token in written else 0) for token in range(V)]
+    assert penalize_presence(logits, written, penalty).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_prompt_counts_for_repetition_and_not_for_presence() -> None:
+    logits, generator = torch.tensor([2.0, 1.9, 0.0]), torch.Generator()
+    presence = SamplingSettings(temperature=0, presence_penalty=0.5)
+    assert sample(logits, [0, 0], presence, generator) == 0
+    assert sample(logits, [0, 0], presence, generator, written=[0]) == 1
+    assert sample(logits, [0, 0], SamplingSettings(temperature=0, repetition_penalty=1.5), generator) == 1
+
+
+EDGES: list[tuple[object, Callable[[torch.Tensor], torch.Tensor]]] = [
+    (TopKLogitsWarper(1), lambda row: keep_top_k(row, 1)),
+    (TopKLogitsWarper(V), lambda row: keep_top_k(row, V)),
+    (TopPLogitsWarper(1e-9), lambda row: keep_top_p(row, 1e-9)),
+    (MinPLogitsWarper(0.0), lambda row: keep_min_p(row, 0.0)),
+    (MinPLogitsWarper(1.0), lambda row: keep_min_p(row, 1.0)),
+    (RepetitionPenaltyLogitsProcessor(1e4), lambda row: penalize_repetition(row, [0, 3], 1e4)),
+]
+
+
+@pytest.mark.parametrize("processor, ours", EDGES)
+@pytest.mark.parametrize("row", ["one left", "far apart", "zeros and negative ones"])
+def test_edges(processor: object, ours: Callable[[torch.Tensor], torch.Tensor], row: str) -> None:
+    """The ends of each setting, on logits of which one is left, that lie far apart, that are 0 or below."""
+    logits = torch.linspace(-1e4, 1e4, V)
+    if row == "one left":
+        logits = torch.full((V,), -torch.inf).index_fill(0, torch.tensor(3), -2.0)
+    elif row == "zeros and negative ones":
+        logits = -torch.arange(V).float()
+    assert torch.equal(ours(logits), theirs(processor, logits, (0, 3)))
 
 
 @given(seeds, st.floats(0.05, 5))
@@ -134,7 +175,8 @@ def test_draws_follow_the_probabilities() -> None:
 @pytest.mark.parametrize(
     "name, value",
     [("temperature", -0.1), ("temperature", math.inf), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1),
-     ("min_p", 1.5), ("repetition_penalty", 0.0), ("repetition_penalty", math.nan)],
+     ("min_p", 1.5), ("repetition_penalty", 0.0), ("repetition_penalty", math.nan), ("presence_penalty", math.nan),
+     ("presence_penalty", -math.inf)],
 )  # fmt: skip
 def test_impossible_settings_name_their_flag(name: str, value: float) -> None:
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} must be"):
