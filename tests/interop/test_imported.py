@@ -87,7 +87,7 @@ def test_finetuning_a_long_context_reads_shorter_windows(random_run, tmp_path, m
     for path, positions in (("rotary", "rotary"), ("learned", "learned")):
         base = random_run(kind="gpt", positions=positions, layers=1, context_length=4000)
         assert finetune.context_of(base, 0) == finetune.LONGEST and finetune.context_of(base, 4000) == 4000
-        with pytest.raises(UserError, match="--context-length must be between 2 and that of .*, 4000, not 4001"):
+        with pytest.raises(UserError, match=r"--context-length must be between 2 and that of .*, 4000, not 4001"):
             finetune.context_of(base, 4001)
         (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
         flags = ("--context-length", "32", "--steps", "1", "--threads", "1", "--learning-rate", "0")
@@ -186,7 +186,7 @@ def test_tensors_must_fit(byte_bpe, tmp_path):
 
 def test_a_shorter_context(byte_bpe, tmp_path):
     assert create(foreign(byte_bpe), tmp_path / "run", 16).settings.context_length == 16
-    with pytest.raises(UserError, match="--context-length must be between 2 and the model's own 32, not 33"):
+    with pytest.raises(UserError, match=r"--context-length must be between 2 and the model's own 32, not 33"):
         create(foreign(byte_bpe), tmp_path / "other", 33)
 
 
