@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +85,17 @@ def greedy(run: Run, prompts: tuple[str, ...], tokens: int = TOKENS) -> list[lis
     return [writer.write([prompt], settings)[0].tokens for prompt in prompts]
 
 
-def stories260k(shared: Path, folder: Path) -> list[Row]:
+def stories260k(shared: Path, folder: Path) -> Iterator[Row]:
     """llama2.c's little model."""
     run = import_model(str(shared / "stories260K.bin"), folder / "run")
     golden = (shared / "golden_stories260K_greedy150.txt").read_text(encoding="utf-8").split("\n", 2)[2]
     ids = greedy(run, ("",), 150)[0]
     written = "".join(run.tokenizer.pieces[number].replace("\u2581", " ") for number in ids)  # type: ignore[attr-defined]
     same = golden.startswith(written) and len(ids) == 150
-    return [row("greedy tokens that spell the golden story", f"{len(ids)} of 150", same)]
+    yield row("greedy tokens that spell the golden story", f"{len(ids)} of 150", same)
 
 
-def smollm2(shared: Path, folder: Path) -> list[Row]:
+def smollm2(shared: Path, folder: Path) -> Iterator[Row]:
     """SmolLM2-135M-Instruct by name, against transformers; then out to llama.cpp."""
     sys.path[:] = [place for place in sys.path if Path(place) != HERE]  # its tokenizers.py hides the package tokenizers
     from transformers import AutoModelForCausalLM
@@ -105,7 +105,7 @@ def smollm2(shared: Path, folder: Path) -> list[Row]:
     (folder / "original.gguf").write_bytes(data)
     began = time.perf_counter()
     run = import_model(name, folder / "run")
-    rows = [row("seconds to import it, the archive being there", round(time.perf_counter() - began, 1), True)]
+    yield row("seconds to import it, the archive being there", round(time.perf_counter() - began, 1), True)
     theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file="original.gguf", dtype=torch.float32).eval()
     ours, different, same = run.model("cpu"), 0.0, 0
     written = greedy(run, PROMPTS)
@@ -115,21 +115,19 @@ def smollm2(shared: Path, folder: Path) -> list[Row]:
             different = max(different, float((ours(ids) - theirs(ids).logits).abs().max()))
             other = theirs.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :].tolist()
         same += mine == [number for number in other if number != run.tokenizer.separator]
-    rows.append(row("largest difference of a logit from transformers'", f"{different:.1e}", different <= 1e-3))
-    rows.append(
-        row(f"greedy texts of {TOKENS} tokens as transformers'", f"{same} of {len(PROMPTS)}", same == len(PROMPTS))
-    )
+    yield row("largest difference of a logit from transformers'", f"{different:.1e}", different <= 1e-3)
+    every = same == len(PROMPTS)
+    yield row(f"greedy texts of {TOKENS} tokens as transformers'", f"{same} of {len(PROMPTS)}", every)
     capital = run.tokenizer.decode(written[0][:1])
-    rows.append(row("the capital of France is", capital.strip(), capital == " Paris"))
-    return rows + exported(run, folder, written)
+    yield row("the capital of France is", capital.strip(), capital == " Paris")
+    yield from exported(run, folder, written)
 
 
-def exported(run: Run, folder: Path, written: list[list[int]]) -> list[Row]:
+def exported(run: Run, folder: Path, written: list[list[int]]) -> Iterator[Row]:
     """The run as GGUF in each type: its size, and how long llama.cpp writes what we write."""
-    rows = []
     for kind in ("f32", "f16", "q8_0"):
         path = export_model(run, "gguf", folder / f"{kind}.gguf", kind)
-        rows.append(row(f"GGUF {kind}: megabytes", round(path.stat().st_size / 1e6, 1), True))
+        yield row(f"GGUF {kind}: megabytes", round(path.stat().st_size / 1e6, 1), True)
         done = subprocess.run(
             [sys.executable, "-c", LLAMA_CPP],
             input=json.dumps([str(path), PROMPTS, TOKENS]),
@@ -138,17 +136,16 @@ def exported(run: Run, folder: Path, written: list[list[int]]) -> list[Row]:
         )
         found = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("IDS")]
         if not found:
-            rows.append(row(f"GGUF {kind}: llama.cpp (xllamacpp) is not here", "-", True))
+            yield row(f"GGUF {kind}: llama.cpp (xllamacpp) is not here", "-", True)
             continue
         found = [[number for number in ids if number != run.tokenizer.separator] for ids in found]
         same = sum(mine == other for mine, other in zip(written, found, strict=True))
         exact = kind != "f32" or same == len(PROMPTS)  # the others round: no claim
-        rows.append(row(f"GGUF {kind}: greedy texts of llama.cpp as ours", f"{same} of {len(PROMPTS)}", exact))
+        yield row(f"GGUF {kind}: greedy texts of llama.cpp as ours", f"{same} of {len(PROMPTS)}", exact)
         path.unlink()
-    return rows
 
 
-CHECKS: dict[str, Callable[[Path, Path], list[Row]]] = {"stories260K": stories260k, "smollm2": smollm2}
+CHECKS: dict[str, Callable[[Path, Path], Iterator[Row]]] = {"stories260K": stories260k, "smollm2": smollm2}
 
 if __name__ == "__main__":
     main()
