@@ -64,7 +64,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in typing.get_args(hint)
     if origin is tuple:
-        return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+        return isinstance(value, (list, tuple)) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, part) for part in typing.get_args(hint))
     if hint is float:
@@ -78,7 +80,8 @@ def _wanted(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
-    return names.get(hint, "a list of texts in quotes")
+    names[tuple[str, ...]] = "a list of texts in quotes"
+    return names.get(hint, "a list of tables")
 
 
 def read_toml(path: Path) -> Table:

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from quire import checkpoint, files
 from quire.config import Table, from_table, read_checked_toml, write_checked_toml
-from quire.data.shards import token_type
+from quire.data.pairs import Examples, Pairs
+from quire.data.shards import TokenStream, token_type
 from quire.devices import choose_device
 from quire.errors import UserError, choose
 from quire.models import MODELS, ModelSettings, build_model
@@ -109,6 +110,20 @@ class Run:
         if files.crc32(data) != self.manifest["validation"]["crc32"]:
             raise UserError(f"{path} is damaged: it does not match its checksum. Restore it from a copy.")
         return np.frombuffer(data, dtype=token_type(self.tokenizer.vocabulary_size))
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it is trained on pairs of a source and a target, and not on a text."""
+        return bool(self.config.get("data", {}).get("pairs"))
+
+    def examples(self, tokens: np.ndarray | TokenStream, seed: int = 0) -> Examples:
+        """A token stream as this model takes it: as it is, or in pairs."""
+        return self.in_pairs(tokens, seed) if self.pairs else tokens
+
+    def in_pairs(self, tokens: np.ndarray | TokenStream, seed: int = 0) -> Pairs:
+        """A token stream whose documents are source and target by turns."""
+        shape = self.settings
+        return Pairs(tokens, shape.separator, shape.context_length, seed, shape.reads_source)
 
     def start_token(self) -> int:
         """What an empty prompt starts from: the separator where training met it at least 100 times, else a newline.

@@ -4,6 +4,8 @@ import shlex
 import statistics
 
 from quire.cli.flags import print_json, program
+from quire.data.pairs import Pairs
+from quire.evaluation.translations import shown
 from quire.generation.generate import GenerationSettings, Writer
 from quire.progress import say
 from quire.run import Run
@@ -27,7 +29,11 @@ def show_ending(run: Run, as_json: bool) -> int:
         figures = {"run": str(run.path), "steps": last["step"], "tokens": last["tokens"], "seconds": seconds}
         print_json({**figures, "validation_loss": loss, "bits_per_byte": bits, **before})
         return 0
-    sample = Writer(run).write([""], GenerationSettings(tokens=SAMPLE_TOKENS, temperature=0.8))[0].text
+    held_out, writer = run.examples(run.validation_tokens()), Writer(run)
+    if isinstance(held_out, Pairs):
+        sample = shown(writer, held_out)
+    else:
+        sample = writer.write([""], GenerationSettings(tokens=SAMPLE_TOKENS, temperature=0.8))[0].text
     say(f"\nThe model writes:\n\n{sample}\n")
     rate = statistics.median(row["tokens_per_second"] or 0 for row in metrics)
     say(f"Trained {last['step']:,} steps on {last['tokens']:,} tokens in {seconds:.0f} s, at {rate:,.0f} tokens/s.")
@@ -36,12 +42,16 @@ def show_ending(run: Run, as_json: bool) -> int:
     if before:
         was = before["before"]["bits_per_byte"]
         say(f"Before fine-tuning {run.manifest['finetuned_from']}: {was:.4f} bits per byte on the same text.", "bold")
-    epochs = last["tokens"] / max(1, run.manifest["report"]["tokens"] - run.manifest["validation"]["tokens"])
+    report = run.manifest["report"]
+    epochs = last["tokens"] / max(
+        1, report.get("predictions") or report["tokens"] - run.manifest["validation"]["tokens"]
+    )
     say(verdict(metrics, epochs, f"{name} resume {path}"))
     say(f"Loss plot: {run.path / 'loss.png'}\n")
+    translations = " --translations" if run.pairs else ""
     next_commands = {
         f"{name} generate {path}": "ask it to write",
-        f"{name} evaluate {path}": "its figures again, or on another text",
+        f"{name} evaluate {path}{translations}": "its figures again, or on another text",
         f"{name} resume {path} --minutes 5": "train it further",
         f"{name} train YOUR.txt --minutes 5": "a model of your own text",
     }

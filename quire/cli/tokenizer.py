@@ -40,7 +40,7 @@ class TrainArguments:
     text: Texts = ()  # files, folders, globs, addresses or corpora
     out: str = "tokenizer.json"  # the file to write; NAME.PATTERN.tiktoken: a rank file (byte-bpe)
     vocabulary_size: int = 0  # tokens; 0: as the kind sees fit
-    pattern: str = "gpt2"  # byte-bpe: how text is split: gpt2, cl100k or cl100k-hf
+    pattern: str = "gpt2"  # byte-bpe: how text is split: gpt2, cl100k, cl100k-hf, qwen2 or smollm
     rule: str = "subword-nmt"  # bpe: how pairs are chosen and words end: subword-nmt or published
     documents: str = "file"  # what one document is: file, line, blank-line, or a string that separates
     encoding: str = "utf-8"  # how TEXT is encoded

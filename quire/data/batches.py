@@ -73,6 +73,10 @@ class Batches:
         """Windows in the first epoch."""
         return len(self.epoch(0)[1])
 
+    def tokens_each(self) -> float:
+        """Tokens to predict in a window."""
+        return self.context_length
+
     def take(self, cursor: Cursor, count: int) -> Batch:
         """The next `count` examples; moves the cursor, across the end of an epoch where needed."""
         rows: list[slice] = []

@@ -28,13 +28,17 @@ Mark = tuple[int, str]  # bytes and sha256 of a document
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents `first` to `last` of an index, whose rows are (start in the text file, bytes, characters)."""
+    """The documents `first` to `last` of an index, whose rows are (start in the text file, bytes, characters).
+
+    `group` documents one after the other stay together: 2 where they are a source and its target by turns.
+    """
 
     text: Path
     index: Path
     first: int
     last: int
     owner: Any = field(default=None, repr=False, compare=False)  # whoever deletes the files when nobody needs them
+    group: int = 1
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -126,12 +130,13 @@ class Documents:
             return byte - 3 + max(i for i, value in enumerate(file.read(4)) if value & 0xC0 != 0x80)
 
     def marks(self) -> set[Mark]:
-        """By what each document is known again, whatever text it stands in."""
+        """By what each document is known again, whatever text it stands in; a group is known by its first."""
         with open(self.text, "rb") as text:
-            return {(row[BYTES], _sha256(text, row)) for _, rows in self.chunks() for row in rows.tolist()}
+            leaders = (row for _, rows in self.chunks() for row in rows[:: self.group].tolist())
+            return {(row[BYTES], _sha256(text, row)) for row in leaders}
 
     def without(self, apart: set[Mark], index: Path) -> tuple["Documents", np.ndarray, set[Mark]]:
-        """These documents but for those marked so, by an index written to `index`; numbers and marks of those left out.
+        """These documents without the groups marked so, by an index written to `index`; numbers, marks of those gone.
 
         Only documents of equal sizes are read and compared.
         """
@@ -141,9 +146,9 @@ class Documents:
         with open(self.text, "rb") as text, files.open_new(index) as file:
             for first, rows in self.chunks():
                 gone = []
-                for row in rows.tolist():
+                for row in rows[:: self.group].tolist():
                     mark = (row[BYTES], _sha256(text, row)) if row[BYTES] in sizes else (0, "")
-                    gone.append(mark in apart)
+                    gone += [mark in apart] * self.group
                     marks |= {mark} & apart
                 found += (first + np.flatnonzero(gone)).tolist()
                 file.write(rows[~np.array(gone)].tobytes())

@@ -53,7 +53,7 @@ class Prepared:
     def __str__(self) -> str:
         r = self.report
         return (
-            f"{r['documents']:,} document{'s' * (r['documents'] != 1)}, {r['characters']:,} characters,"
+            f"{r['documents']:,} {r['unit']}{'s' * (r['documents'] != 1)}, {r['characters']:,} characters,"
             f" {r['tokens']:,} tokens, vocabulary {r['vocabulary']:,} ({r['tokenizer']});"
             f" {r['held_out']:.1%} held out ({len(self.validation) - 1:,} tokens, {r['held_out_as']})"
         )
@@ -63,16 +63,21 @@ def split(documents: Documents) -> tuple[Documents, Documents, str]:
     """Training documents, held-out documents, and how they were chosen (as docs/guide.md says).
 
     Whole documents (the last ones, up to a tenth and about 256,000 characters, at least one) where there are at
-    least 20 and none exceeds a tenth of the text; otherwise the last tenth of the characters, at most 256,000.
+    least 20 and none exceeds a tenth of the text; otherwise the last tenth of the characters, at most 256,000. Of
+    pairs always whole ones, and what has a source of theirs is not trained on.
     """
+    group = documents.group
     _, total, longest = documents.sizes
     room = min(total * HELD_OUT_SHARE, HELD_OUT_CHARACTERS)
-    first = max(0, len(documents) - HELD_OUT_CHARACTERS - 1)  # a document has at least one character
+    first = max(0, len(documents) - HELD_OUT_CHARACTERS - 2) // group * group  # a document has at least one character
     rows = documents.rows(first, len(documents))
-    if len(documents) >= WHOLE_DOCUMENTS and longest <= total * HELD_OUT_SHARE:
-        taken = np.cumsum(rows[::-1, CHARACTERS])
+    if group > 1 or (len(documents) >= WHOLE_DOCUMENTS and longest <= total * HELD_OUT_SHARE):
+        taken = np.cumsum(rows[:, CHARACTERS].reshape(-1, group).sum(1)[::-1])
         count = max(1, int(np.searchsorted(taken, room, side="right")))
-        return documents[:-count], documents[-count:], f"the last {count} documents"
+        training, held_out = documents[: -count * group], documents[-count * group :]
+        if group > 1:
+            training, _, _ = training.without(held_out.marks(), documents.text.parent / "training.bin")
+        return training, held_out, f"the last {count} {'pairs' if group > 1 else 'documents'}"
     missing, last = int(room), len(documents)
     aside: list[np.ndarray] = []
     cut = np.empty((0, 3), dtype=np.int64)  # what is left for training of the document that is cut
@@ -128,7 +133,8 @@ def prepare(
         index = _whole(folder)
         if index is None:
             about = {
-                "documents": len(corpus.documents) + (len(held_out) if validation else 0),
+                "unit": "pair" if training.group > 1 else "document",
+                "documents": (len(corpus.documents) + (len(held_out) if validation else 0)) // training.group,
                 "held_out_as": how,
                 "training_documents": len(training),
             }

@@ -9,7 +9,7 @@ import sys
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
@@ -19,8 +19,9 @@ from quire.data.decoding import BLOCK, NotText, check_encoding, decoded, shown, 
 from quire.data.download import download
 from quire.data.hub import hub_documents, is_hub
 from quire.data.parquet import parquet_documents
-from quire.data.splitting import check_kind, records, split
+from quire.data.splitting import check_kind, pairs, records, split
 from quire.data.spool import Corpus, Spool
+from quire.data.tasks import TASKS
 from quire.data.token_files import is_text, token_documents
 from quire.data.vocabulary import Policy
 from quire.errors import UserError, nearest
@@ -44,12 +45,18 @@ class DataSettings:
     """Which text a model is trained on, and how it is read."""
 
     text: tuple[str, ...] = ()  # files, folders, globs, http(s) addresses, -, known corpora, hf:OWNER/NAME
+    pairs: str = ""  # instead of TEXT, a file of lines SOURCE tab TARGET, a .jsonl with these fields, or a task's name
     validation: str = ""  # a text held out whole, to measure on, instead of a part of the training text
     documents: str = "file"  # what one document is: file, line, blank-line, or a string that separates (\n: a line end)
     text_field: str = "text"  # the field of a .jsonl line, .parquet or hf: row that holds its text, a document each
     encoding: str = "utf-8"  # how files are encoded; a byte order mark at a file's beginning overrides it
     encoding_errors: Literal["strict", "replace"] = "strict"  # bytes that are not text: stop, or replace them by U+FFFD
     unknown: Policy = "error"  # what a given tokenizer lacks: refuse, skip, replace, or grow its vocabulary by it
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """What is read: the texts, or the file of pairs."""
+        return self.text or ((self.pairs,) if self.pairs else ())
 
 
 def read(
@@ -60,6 +67,8 @@ def read(
     Text is kept as it is, but for a byte order mark and documents of nothing but whitespace, which are dropped, and
     line ends: \r\n and \r become \n. `on_progress` is told of bytes downloaded and read; `piped` stands in for
     standard input.
+
+    Where the settings have pairs, what the arguments name is read as such: source and target by turns.
 
     Raises UserError for what cannot be read.
     """
@@ -91,12 +100,15 @@ class _Reader:
     def corpus(self) -> Corpus:
         """All that was read."""
         found = (self.origins, self.skipped, self.attributions, self.arguments)
-        return Corpus(self.spool.finish(), self.spool.digest(), *found)
+        documents = replace(self.spool.finish(), group=2 if self.settings.pairs else 1)
+        return Corpus(documents, self.spool.digest(), *found)
 
     def add(self, text: str) -> None:
         """Read one TEXT, whatever it names."""
         first = self.spool.tally.documents
         self.done, self.total = 0, 0  # bytes of the files that it names
+        if self.settings.pairs and (is_hub(text) or text.lower().endswith((".parquet", ".bin"))):
+            raise UserError(f"Pairs are read from .tsv and .jsonl files, not from {text}. Write them as one of those.")
         if text == "-":
             self.add_file("-", sys.stdin.buffer if self.piped is None else io.BytesIO(self.piped))
         elif is_hub(text):
@@ -110,10 +122,15 @@ class _Reader:
         elif os.path.exists(text):
             self.total = _size(text)
             self.add_path(os.path.abspath(text), text)
-        elif text in CORPORA:
+        elif text in TASKS and self.settings.pairs:
+            self.add_task(text)
+        elif text in CORPORA and not self.settings.pairs:
             self.add_corpus(text)
         elif glob.has_magic(text):
             self.add_found(text, self.files_matching(text))
+        elif self.settings.pairs:
+            hint = nearest(text, list(TASKS))
+            raise UserError(f"There is no file of pairs named {text!r}.{hint} Known tasks: {', '.join(TASKS)}.")
         else:
             raise UserError(
                 f"There is no file, folder or corpus named {text!r}.{nearest(text, list(CORPORA))} "
@@ -144,6 +161,13 @@ class _Reader:
                     self.spool.add_pieces(split(text, self.settings.documents))
         if source.attribution not in self.attributions:
             self.attributions.append(source.attribution)
+
+    def add_task(self, name: str) -> None:
+        """Make the pairs of a task."""
+        documents = [text for pair in TASKS[name].pairs() for text in pair]
+        data = "\n".join(documents).encode()
+        origin = {"path": name, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        self.add_documents(origin, documents)
 
     def add_found(self, text: str, found: Iterable[str]) -> None:
         """Read those files of a folder or glob that hold text."""
@@ -187,7 +211,9 @@ class _Reader:
                 blocks, path = unpacked(name, stored, limit) if size else blocks, path.with_suffix("")
             text = decoded(name, blocks, self.settings.encoding, self.settings.encoding_errors)
             try:
-                if path.suffix == ".jsonl":
+                if self.settings.pairs:
+                    self.spool.add_pieces(pairs(name, text, path.suffix == ".jsonl", self.settings.encoding_errors))
+                elif path.suffix == ".jsonl":
                     lines = records(name, text, self.settings.text_field, self.settings.encoding_errors)
                     self.spool.add_pieces((line, True) for line in lines)
                 else:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from quire.data.decoding import without_surrogates
 from quire.errors import UserError, nearest
@@ -67,6 +68,56 @@ def _shortened(space: str) -> str:
 
 def records(name: str, blocks: Iterable[str], field: str, errors: str) -> Iterator[str]:
     """The text field of each line of a .jsonl file."""
+    for where, record in _objects(name, blocks):
+        if field not in record:
+            there = ", ".join(record) or "none"
+            raise UserError(f"{where}, has no field {field!r} (there: {there}). Say --text-field NAME.")
+        value = record[field]
+        if not isinstance(value, str):
+            raise UserError(f"{where}: the field {field!r} is not a string. Say --text-field NAME.")
+        yield without_surrogates(where, value, errors)
+
+
+def pairs(name: str, blocks: Iterable[str], jsonl: bool, errors: str) -> Iterator[Piece]:
+    """Source and target by turns: of each line SOURCE, tab, TARGET, or of each JSON object with those two fields.
+
+    Raises UserError for a line that is not one pair of two texts, naming it. Blank lines are passed over.
+    """
+    for where, source, target in (_json_pairs if jsonl else _tabbed_pairs)(name, blocks):
+        for text, what in ((source, "source"), (target, "target")):
+            if not text or text.isspace():
+                raise UserError(f"{where}: the {what} is empty. Give it a text, or take the line out.")
+            yield without_surrogates(where, text, errors) if jsonl else text, True
+
+
+def _tabbed_pairs(name: str, blocks: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    for number, line in enumerate(_whole(_between(blocks, "\n")), 1):
+        where = f"{name}, line {number}"
+        match line.split("\t"):
+            case [source, target]:
+                yield where, source, target
+            case [text] if not text or text.isspace():
+                continue
+            case [_]:
+                raise UserError(f"{where}, has no tab. A line of a file of pairs is: source, tab, target.")
+            case parts:
+                raise UserError(
+                    f"{where}, has {len(parts) - 1} tabs. A line of a file of pairs has one, between source and"
+                    ' target; texts with tabs in them go into a .jsonl file: {"source": ..., "target": ...}'
+                )
+
+
+def _json_pairs(name: str, blocks: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    for where, record in _objects(name, blocks):
+        for field in ("source", "target"):
+            if not isinstance(record.get(field), str):
+                problem = "is not a text" if field in record else "is missing"
+                raise UserError(f'{where}: {field!r} {problem}. A line of pairs is {{"source": ..., "target": ...}}.')
+        yield where, record["source"], record["target"]
+
+
+def _objects(name: str, blocks: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line of a .jsonl file but blank ones, with where it is."""
     for number, line in enumerate(_whole(_between(blocks, "\n")), 1):
         if not line or line.isspace():
             continue
@@ -77,13 +128,7 @@ def records(name: str, blocks: Iterable[str], field: str, errors: str) -> Iterat
             raise UserError(f"{where}, is not JSON. Each line of a .jsonl file is one JSON object.") from error
         if not isinstance(record, dict):
             raise UserError(f"{where}, is not a JSON object. Each line of a .jsonl file is one, with a text in it.")
-        if field not in record:
-            there = ", ".join(record) or "none"
-            raise UserError(f"{where}, has no field {field!r} (there: {there}). Say --text-field NAME.")
-        value = record[field]
-        if not isinstance(value, str):
-            raise UserError(f"{where}: the field {field!r} is not a string. Say --text-field NAME.")
-        yield without_surrogates(where, value, errors)
+        yield where, record
 
 
 def check_kind(documents: str) -> None:

@@ -11,7 +11,7 @@ import shutil
 import weakref
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,18 +132,18 @@ class Corpus:
     left_out: set[Mark] = field(default_factory=set)  # documents taken out again, because they are held out
 
     @classmethod
-    def of(cls, documents: Iterable[str]) -> "Corpus":
+    def of(cls, documents: Iterable[str], group: int = 1) -> "Corpus":
         """A corpus of strings."""
         spool = Spool()
         spool.add_pieces((text, True) for text in documents)
-        return cls(spool.finish(), spool.digest())
+        return cls(replace(spool.finish(), group=group), spool.digest())
 
     def close(self) -> None:
         """Delete the spooled text."""
         self.documents.owner.close()
 
     def leave_out(self, held_out: set[Mark]) -> int:
-        """Take out the documents that are marked as held out; gives how many those were."""
+        """Take out the documents (of pairs: the pairs) that are marked as held out; gives how many those were."""
         before = self.documents.index
         index = before.with_name(before.name + ".left")
         self.documents, gone, self.left_out = self.documents.without(held_out, index)
@@ -151,7 +151,7 @@ class Corpus:
             self.digest = hashlib.sha256(f"{self.digest} without {sorted(self.left_out)}".encode()).hexdigest()
             left = gone.searchsorted  # how many of them come before a document
             self.arguments = [(name, a - int(left(a)), b - int(left(b))) for name, a, b in self.arguments]
-        return len(gone)
+        return len(gone) // self.documents.group
 
 
 def _new_folder() -> tuple[Path, Any]:

@@ -161,7 +161,7 @@ class Writer:
         """Write each sample by drawing token after token, with random numbers of its own."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         drafts = [
-            Draft(sample, self.tokenizer, settings.stop, settings.tokens, start.window)
+            Draft(sample, self.tokenizer, settings.stop, settings.tokens, after=start.window)
             for sample, start in zip(samples, starts, strict=True)
         ]
         running = list(range(len(samples)))  # which sample each row writes
@@ -205,7 +205,7 @@ class Writer:
         found = [(start, result) for start, results in zip(starts, search.results, strict=True) for result in results]
         for start, result in found:
             written = Sample(prompt=start.prompt, score=Score(result.log_probability, result.score))
-            draft = Draft(written, self.tokenizer, settings.stop, settings.tokens, start.window)
+            draft = Draft(written, self.tokenizer, settings.stop, settings.tokens, after=start.window)
             for token in result.tokens:
                 draft.add(token)
             samples.append(written)

@@ -56,10 +56,10 @@ def _alternatives(expected: list[Expectation]) -> list[list[dict[str, Any]]]:
 
 
 class Draft:
-    """A sample that is being written after the tokens `after`: what its tokens decode to, and where it ends."""
+    """A sample that is being written `after` other tokens: what its own decode to, and where it ends."""
 
     def __init__(
-        self, sample: Sample, tokenizer: Tokenizer, stop: Sequence[str], length: int, after: Sequence[int]
+        self, sample: Sample, tokenizer: Tokenizer, stop: Sequence[str], length: int, after: Sequence[int] = ()
     ) -> None:
         self.sample, self.stop, self.length = sample, stop, length
         self.separator, self.decoder = tokenizer.separator, tokenizer.decoder(after)

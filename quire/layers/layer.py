@@ -40,7 +40,7 @@ class Block(Layer):
     """A layer of a stack, large enough to be `recomputed`: it then keeps its inputs alone, and does its forward again
     when its gradient is wanted (Chen et al. 2016). Gradients are the same, dropout included.
 
-    Models call `run` and `undo` in place of `forward` and `backward`.
+    Models call `run` and `undo` in place of `forward` and `backward`; the first input is a tensor.
     """
 
     recomputed = False
@@ -51,7 +51,7 @@ class Block(Layer):
             return self(*inputs)
         if self.tape is None:
             return checkpoint(self, *inputs, use_reentrant=False) if torch.is_grad_enabled() else self(*inputs)
-        drawn = [state for state, _ in generators(self._device()).values()]
+        drawn = [state for state, _ in generators(inputs[0].device).values()]
         with recording(self):  # the very forward that is done again, whose tapes are let go
             result = self(*inputs)
         self.save(inputs, drawn)
@@ -62,7 +62,7 @@ class Block(Layer):
         if not (self.recomputed and self.training):
             return self.backward(grad)
         inputs, drawn = self.saved()
-        now = list(generators(self._device()).values())
+        now = list(generators(inputs[0].device).values())
         with recording(self):
             for (_, put), state in zip(now, drawn, strict=True):
                 put(state)
@@ -70,9 +70,6 @@ class Block(Layer):
             for state, put in now:
                 put(state)
             return self.backward(grad)
-
-    def _device(self) -> torch.device:
-        return next(self.parameters()).device
 
 
 @contextlib.contextmanager

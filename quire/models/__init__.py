@@ -3,12 +3,22 @@
 from typing import Any
 
 from quire.errors import choose
+from quire.models.encoder_decoder import EncoderDecoder
 from quire.models.gpt import GPT
 from quire.models.modern import Modern
+from quire.models.recurrent import Recurrent
 from quire.models.settings import ModelSettings
 from quire.models.sparse import Sparse
+from quire.models.stack import Stack
 
-MODELS: dict[str, Any] = {"gpt": GPT, "modern": Modern, "sparse": Sparse}
+MODELS: dict[str, Any] = {
+    "gpt": GPT,
+    "modern": Modern,
+    "sparse": Sparse,
+    "recurrent": Recurrent,
+    "stack": Stack,
+    "encoder-decoder": EncoderDecoder,
+}
 
 
 def build_model(settings: ModelSettings) -> Any:

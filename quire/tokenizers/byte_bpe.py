@@ -96,17 +96,17 @@ class ByteBPETokenizer(BytesTokenizer):
         return from_merges(pairs, pattern)
 
     def encode_array(self, text: str, unknown: Unknown = "error") -> np.ndarray:
-        if self.normalization == "NFC":
-            text = unicodedata.normalize("NFC", text)
-        data = utf8(text)
-        return self._known(self._encoder.encode(data), data, unknown)
+        return self._ids(utf8(text), unknown)
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """The ids of any bytes, int32: what is not UTF-8 is split byte by byte, and comes back as it was."""
-        return self._known(self._encoder.encode(data), data, "error")
+        return self._ids(data, "error")
 
-    def _known(self, ids: np.ndarray, data: bytes, unknown: Unknown) -> np.ndarray:
-        """The ids without those of bytes that have no token."""
+    def _ids(self, data: bytes, unknown: Unknown) -> np.ndarray:
+        if self.normalization == "NFC" and not data.isascii():
+            text = unicodedata.normalize("NFC", data.decode("utf-8", "surrogateescape"))
+            data = text.encode("utf-8", "surrogateescape")
+        ids = self._encoder.encode(data)
         if not self.missing or not (nothing := ids == self._encoder.nothing).any():
             return ids
         if unknown == "error":

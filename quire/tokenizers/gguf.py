@@ -2,7 +2,8 @@
 
 Byte-level BPE is there "gpt2" with the name of a splitting pattern (`pre`); SentencePiece's is "llama". Characters are
 written as SentencePiece's pieces of one character each, which are then all there is to find. llama.cpp does not bring
-text into Unicode's NFC, as Hugging Face's tokenizers of Qwen2 do.
+text into Unicode's NFC, as Hugging Face's tokenizers of Qwen2 do, and puts a space before a text that begins with one,
+as they of Mistral do not; and it has no answer to a character that is neither a piece nor has tokens for its bytes.
 """
 
 from collections.abc import Sequence

@@ -151,7 +151,7 @@ def _template(tokenizer: Tokenizer, prefix: Sequence[int]) -> Table | None:
 
 
 def write_checked(path: Path, table: Table) -> None:
-    """Write what `to_hugging_face` gives for byte-level BPE, with its CRC-32 as model.quire.crc32."""
+    """Write what `to_hugging_face` gives, with its CRC-32 as model.quire.crc32."""
     files.write_text(path, _checked(table))
 
 
@@ -197,8 +197,11 @@ def _own(table: Table) -> Table:
 
 
 def _checked(table: Table) -> str:
-    own = {**_own(table), "crc32": files.crc32(json.dumps(table).encode())}
-    return json.dumps({**table, "model": {**table["model"], "quire": own}}, indent=1) + "\n"
+    def with_own(own: Table) -> Table:
+        return {**table, "model": {**table["model"], "quire": own}}
+
+    checksum = files.crc32(json.dumps(with_own(_own(table))).encode())
+    return json.dumps(with_own({**_own(table), "crc32": checksum}), indent=1) + "\n"
 
 
 def from_hugging_face(

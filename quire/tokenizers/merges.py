@@ -157,7 +157,7 @@ def _apply_window(row: Sequence[Symbol], ranks: Ranks) -> list[tuple[Symbol, int
             if after[place] < len(symbols):
                 before[after[place]] = place
             new = [wait(before[place]), wait(place)]
-            if any(other is not None and other < rank for other in new):  # no vocabulary that was learned has this
+            if any(other is not None and other <= rank for other in new):  # no merges that were learned here do this
                 for left in places[number + 1 :]:
                     wait(left)
                 break

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from quire.data.batches import Batches
+from quire.data.pairs import Examples, Pairs
 from quire.data.shards import TokenStream
 from quire.errors import UserError, nearest
 
@@ -60,17 +61,24 @@ class Curriculum:
     def __init__(
         self,
         words: Sequence[str],
-        tokens: np.ndarray | TokenStream,
+        tokens: Examples,
         context_length: int,
         seed: int,
         ranges: Mapping[str, Sequence[int]],
     ) -> None:
-        """`ranges` says for each TEXT argument where its tokens lie in the stream, [start, end)."""
+        """`ranges` says for each TEXT argument where its tokens lie, [start, end). Pairs have no stages."""
         self.context_length = context_length
         self.stages = [Stage.parse(word) for word in words] or [Stage(1.0)]
         total = math.fsum(stage.share for stage in self.stages)
         self.ends = np.cumsum([stage.share / total for stage in self.stages])  # progress at which each stage ends
-        self.batches: list[Batches] = []
+        self.batches: list[Batches | Pairs] = []
+        if isinstance(tokens, Pairs):
+            if words:
+                raise UserError("--curriculum cuts a text into windows, and pairs are taken whole. Leave it out.")
+            self.whole: Batches | Pairs = tokens
+            self.batches.append(tokens)
+            return
+        self.whole = Batches(tokens, context_length, seed)  # all there is, in windows of the model's context
         for number, stage in enumerate(self.stages):
             length = stage.context_length or context_length
             if length > context_length:

@@ -23,7 +23,15 @@ from quire.run import Run, refuse_existing
 from quire.training.loop import Trainer
 from quire.training.settings import LENGTHS, Settings, typed
 from quire.training.texts import read_texts
-from quire.training.train import check_length, describe, free_path, prepare_machine, train_created
+from quire.training.train import (
+    check_length,
+    check_pairs,
+    describe,
+    fitting_pairs,
+    free_path,
+    prepare_machine,
+    train_created,
+)
 
 GENTLER = 0.25  # of the run's own learning rates
 LONGEST = 512  # tokens: the context of a fine-tuning from an imported model, where nothing else is said
@@ -60,7 +68,7 @@ def inherited(base: Run) -> Table:
     for name in ("learning_rate", "matrix_learning_rate"):
         if name in training:
             training[name] *= GENTLER
-    table.setdefault("data", {}).update(text=[], validation="", unknown="error")
+    table.setdefault("data", {}).update(text=[], pairs="", validation="", unknown="error")
     return table
 
 
@@ -72,10 +80,12 @@ def finetune_run(
     The new run reads `context_length` tokens at once; 0: as many as the base, but see LONGEST.
     """
     began = began or time.time()
-    texts, further = settings.data.text, f"quire resume {base.path} --minutes 5"
+    texts, further = settings.data.named, f"quire resume {base.path} --minutes 5"
     if not texts:
+        what = "--pairs FILE" if base.settings.reads_source else "TEXT"
         own = "" if base.imported else f" To train further on the run's own text: {further}"
-        raise UserError(f"Name the TEXT to fine-tune on.{own}")
+        raise UserError(f"Name the {what} to fine-tune on.{own}")
+    check_pairs(settings)
     if "-" in texts:
         raise UserError("Fine-tuning reads no standard input. Write the text to a file, and name that.")
     check_length(settings.training)
@@ -99,6 +109,8 @@ def finetune_run(
         replace(base.settings, vocabulary_size=prepared.tokenizer.vocabulary_size, context_length=context_length),
         replace(settings.training, threads=threads),
     )
+    if settings.data.pairs:
+        prepared = fitting_pairs(settings, prepared)
     manifest = describe(settings, prepared, corpus.origins, device)
     manifest |= {"finetuned_from": str(base.path), "separators": manifest["separators"] + base.manifest["separators"]}
     manifest |= {name: base.manifest[name] for name in KEPT if name in base.manifest}

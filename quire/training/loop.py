@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from quire import checkpoint, files
 from quire.data.batches import Batches, Cursor
+from quire.data.pairs import Pairs
 from quire.data.shards import TokenStream
 from quire.devices import peak_memory
 from quire.errors import UserError
 from quire.evaluation.evaluate import bits_per_byte
 from quire.evaluation.loss import total_loss
+from quire.evaluation.translations import shown
 from quire.generation.generate import GenerationSettings, Writer
 from quire.layers.layer import Block
 from quire.plots.loss import plot_losses
@@ -61,9 +63,9 @@ class Trainer:
                 module.recomputed = settings.gradient_checkpointing
         self.optimizers = OPTIMIZERS[settings.optimizer](self.model, settings)
         self.tokens, ranges = tokens, run.manifest.get("ranges", {})
-        context = run.settings.context_length
-        self.curriculum = Curriculum(settings.curriculum, tokens, context, settings.seed, ranges)
-        self.validation = run.validation_tokens()
+        context, examples = run.settings.context_length, run.examples(tokens, settings.seed)
+        self.curriculum = Curriculum(settings.curriculum, examples, context, settings.seed, ranges)
+        self.validation = run.examples(run.validation_tokens())
         self.state = TrainingState()
         self.began = began
         self.logged = (0, 0.0)  # tokens and time at the last line of metrics.jsonl
@@ -128,7 +130,7 @@ class Trainer:
         state.tokens += batch.counted
 
     @property
-    def batches(self) -> Batches:
+    def batches(self) -> Batches | Pairs:
         """The examples of the stage in which training is."""
         return self.curriculum.batches[self.state.stage]
 
@@ -215,7 +217,7 @@ class Trainer:
 
     def evaluation_steps(self) -> float:
         """What an evaluation will cost, in training steps: forward alone is about a third of a step's work."""
-        per_step = self.settings.batch_size * self.settings.accumulation_steps * self.run.settings.context_length
+        per_step = self.settings.batch_size * self.settings.accumulation_steps * self.curriculum.whole.tokens_each()
         return 1.2 * len(self.validation) / 3 / per_step
 
     # ---- what is due now and then ----
@@ -299,9 +301,13 @@ class Trainer:
     def write_sample(self, loss: float) -> None:
         """Add to samples.md what the model writes now; the same step and seed give the same sample."""
         began = time.monotonic()
-        settings = GenerationSettings(tokens=SAMPLE_TOKENS, seed=self.settings.seed, temperature=0.8)
         self.model.eval()
-        text = Writer(self.run, self.device, self.model).write([""], settings)[0].text
+        writer = Writer(self.run, self.device, self.model)
+        if isinstance(self.validation, Pairs):
+            text = shown(writer, self.validation)
+        else:
+            settings = GenerationSettings(tokens=SAMPLE_TOKENS, seed=self.settings.seed, temperature=0.8)
+            text = writer.write([""], settings)[0].text
         self.model.train()
         fence = "`" * max(3, 1 + max((len(run) for run in text.split() if set(run) == {"`"}), default=0))
         self.append(
@@ -323,14 +329,14 @@ class Trainer:
     # ---- starting ----
 
     def begin(self) -> None:
-        """A new run: its length from the settings; an epoch is as many windows as cover the whole training text."""
-        settings, context = self.settings, self.run.settings.context_length
+        """A new run: its length from the settings; an epoch is as many windows as cover the text, or all pairs."""
+        settings, whole = self.settings, self.curriculum.whole
         per_step = settings.batch_size * settings.accumulation_steps
         steps = settings.steps
         if settings.epochs:
-            steps = math.ceil(settings.epochs * math.ceil((len(self.tokens) - 1) / context) / per_step)
+            steps = math.ceil(settings.epochs * whole.examples() / per_step)
         elif settings.tokens:
-            steps = math.ceil(settings.tokens / (per_step * context))
+            steps = math.ceil(settings.tokens / (per_step * whole.tokens_each()))
         self.stretch(steps, settings.minutes)
 
     def measure_start(self) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from quire.errors import UserError
+from quire.models import ModelSettings
 from quire.progress import say
 from quire.training.settings import TrainingSettings
 
@@ -50,7 +51,8 @@ def compiled(model: nn.Module, settings: TrainingSettings, precision: Precision,
     try:
         with torch.random.fork_rng(devices=cuda), precision.autocast():
             tokens = torch.randint(vocabulary, (settings.batch_size, context), device=precision.device)
-            faster(tokens, tokens).backward()
+            source = {"source": tokens} if getattr(model, "settings", ModelSettings).reads_source else {}
+            faster(tokens, tokens, **source).backward()
     except (RuntimeError, OSError, ImportError, AssertionError, torch._dynamo.exc.TorchDynamoException) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         say(f"torch.compile does not work here ({reason}); training goes on without it.")

@@ -37,7 +37,7 @@ class TrainingSettings:
     beta2: float = 0.95  # adam, adamw: decay of the mean of squared gradients
     momentum: float = 0.95  # sgd, muon
     gradient_clip: float = 1.0  # the whole gradient is scaled down to at most this norm; 0: never
-    schedule: str = "cosine"  # after the warm-up: cosine, linear, constant or warmup-stable-decay
+    schedule: str = "cosine"  # after the warm-up: cosine, linear, constant, warmup-stable-decay, inverse-square-root
     warmup_steps: int = 100  # steps over which the learning rate grows to its peak
     decay_floor: float = 0.1  # where the schedule ends, as a share of the peak
     decay_share: float = 0.2  # warmup-stable-decay: the share of the run over which it falls

@@ -47,7 +47,7 @@ def read_texts(
         def on_bytes(done: int, total: int | None) -> None:
             show(done / total if total else 0.0, megabytes=f"{done / 1e6:.1f}")
 
-        corpus = read(settings.data.text, settings.data, on_bytes, piped)
+        corpus = read(settings.data.named, settings.data, on_bytes, piped)
         held_out = None
         if settings.data.validation and left_out is None:
             held_out = read([settings.data.validation], settings.data, on_bytes)
@@ -55,7 +55,9 @@ def read_texts(
         count = corpus.leave_out(apart)
         if not len(corpus.documents):
             raise UserError("The text of --validation is the whole training text. Name another one, or leave it out.")
-        if count:
+        if count and settings.data.pairs:
+            say(f"{count} pair{'s' * (count > 1)} to train on left out: the pairs of --validation have their sources.")
+        elif count:
             are = f"{count} document{'s' * (count > 1)}"
             say(f"{are} of the training text left out: the text of --validation has them.")
     for sentence in corpus.attributions:
@@ -80,7 +82,7 @@ def find_data(run: Run, settings: Settings, moved: tuple[str, ...]) -> TokenStre
     except UserError as error:
         raise UserError(f"The training text of {run.path} cannot be read: {error} {where}") from error
     try:
-        check_same(run, corpus, data.text, where)
+        check_same(run, corpus, data.named, where)
         held_out, policy = kept_validation(run, settings), settings.data.unknown
         tokens = prepare(corpus, run.tokenizer, held_out, unknown=policy, settled=True).training
     finally:
@@ -127,4 +129,4 @@ def kept_validation(run: Run, settings: Settings) -> Corpus | None:
         return None
     tokens = run.validation_tokens()
     documents = np.split(tokens, np.flatnonzero(tokens == run.tokenizer.separator))[1:]  # it begins with a separator
-    return Corpus.of(run.tokenizer.decode(document) for document in documents)
+    return Corpus.of(map(run.tokenizer.decode, documents), group=2 if settings.data.pairs else 1)

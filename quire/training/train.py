@@ -17,8 +17,10 @@ import torch
 import quire
 from quire import files
 from quire.config import Table, from_table
+from quire.data.pairs import Pairs
 from quire.data.prepare import Prepared
 from quire.data.reading import DataSettings
+from quire.data.tasks import TASKS
 from quire.devices import choose_device, set_threads, unused_card
 from quire.errors import UserError
 from quire.progress import say
@@ -60,7 +62,8 @@ def train_run(settings: Settings, path: Path | None = None, began: float | None 
     """Train a new run with finished settings; `began` is time.time() at the command's start, for --minutes."""
     began = began or time.time()
     check_length(settings.training)
-    texts = settings.data.text or (DEFAULT_CORPUS,)
+    check_pairs(settings)
+    texts = settings.data.named or (DEFAULT_CORPUS,)
     path = path or free_path(texts[0])
     refuse_existing(path)
     kept = {}
@@ -70,12 +73,13 @@ def train_run(settings: Settings, path: Path | None = None, began: float | None 
     piped = sys.stdin.buffer.read() if "-" in texts else None
     if piped is not None:
         kept[f"data/{STANDARD_INPUT}"] = piped
-    settings = replace(settings, data=replace(settings.data, text=texts))
+    if not settings.data.pairs:
+        settings = replace(settings, data=replace(settings.data, text=texts))
     device, threads = prepare_machine(settings.training)
     settings = replace(settings, training=replace(settings.training, threads=threads))
     settings, prepared, origins = load_data(settings, piped)
     say(f"{', '.join(texts[:3])}: {prepared}")
-    settings = fitted(settings, prepared)
+    settings, prepared = fitted(settings, prepared)
     manifest = describe(settings, prepared, origins, device)
     created = Run.create(path, settings.tables(), prepared.tokenizer, manifest, prepared.validation[:], kept)
     return train_created(created, settings.training, prepared, device, began, Trainer.begin, keep=piped is not None)
@@ -85,6 +89,20 @@ def check_length(training: TrainingSettings) -> None:
     """Refuse settings that do not say how long to train."""
     if not any(getattr(training, name) for name in LENGTHS):
         raise UserError("Say how long to train: --minutes M, --steps N, --epochs N or --tokens N.")
+
+
+def check_pairs(settings: Settings) -> None:
+    """Refuse a text where pairs are wanted, and what pairs cannot have."""
+    data, model = settings.data, settings.model
+    if data.pairs and data.text:
+        raise UserError(f"TEXT ({data.text[0]}) and --pairs {data.pairs} both name what to train on. Choose one.")
+    if not data.pairs and model.reads_source:
+        raise UserError(
+            f"A model of the kind {model.kind} learns from pairs of a source and a target: give it --pairs FILE, with"
+            f" lines of SOURCE, tab, TARGET, or a task ({', '.join(TASKS)}). For a plain text take another --preset."
+        )
+    if data.pairs and model.separate_documents:
+        raise UserError("--model.separate-documents is for streams of text. Leave it out: pairs are apart already.")
 
 
 def train_created(
@@ -218,9 +236,12 @@ def prepare_machine(training: TrainingSettings) -> tuple[torch.device, int]:
     return device, set_threads(training.threads)
 
 
-def fitted(settings: Settings, prepared: Prepared) -> Settings:
-    """The settings with the tokenizer's vocabulary, and a context no longer than the text."""
+def fitted(settings: Settings, prepared: Prepared) -> tuple[Settings, Prepared]:
+    """The settings with the tokenizer's vocabulary, and a context no longer than the text; pairs looked through."""
     vocabulary, context = prepared.tokenizer.vocabulary_size, settings.model.context_length
+    if settings.data.pairs:
+        settings = settings.with_model(vocabulary_size=vocabulary, separator=prepared.tokenizer.separator)
+        return settings, fitting_pairs(settings, prepared)
     predictions = len(prepared.training) - 1
     if predictions < SHORTEST_CONTEXT:
         raise UserError(f"The training text has {predictions} tokens; at least {SHORTEST_CONTEXT} are needed.")
@@ -233,7 +254,25 @@ def fitted(settings: Settings, prepared: Prepared) -> Settings:
     training = settings.training
     Curriculum(training.curriculum, prepared.training, context, training.seed, prepared.ranges)  # refused before a run
     separator = prepared.tokenizer.separator
-    return settings.with_model(vocabulary_size=vocabulary, context_length=context, separator=separator)
+    return settings.with_model(vocabulary_size=vocabulary, context_length=context, separator=separator), prepared
+
+
+def fitting_pairs(settings: Settings, prepared: Prepared) -> Prepared:
+    """Prepared pairs with the count of what is predicted of them; says how many do not fit the context length."""
+    shape, longer, kept = settings.model, [], []
+    for tokens, what in ((prepared.training, "to train on"), (prepared.validation, "held out")):
+        pairs = Pairs(tokens, shape.separator, shape.context_length, settings.training.seed, shape.reads_source)
+        limit = f"the context length of {shape.context_length} tokens"
+        if not pairs.examples():
+            raise UserError(f"No pair {what} fits {limit}. Give a longer --model.context-length.")
+        if pairs.left_out:
+            longer.append(f"{pairs.left_out:,} of {pairs.left_out + pairs.examples():,} pairs {what}")
+        kept.append(pairs)
+    if longer:
+        say(f"{' and '.join(longer)} do not fit {limit} and are left out. A longer --model.context-length takes them.")
+    Curriculum(settings.training.curriculum, kept[0], shape.context_length, settings.training.seed, {})  # or refused
+    report = {**prepared.report, "predictions": len(kept[0])}
+    return replace(prepared, validation_bytes=kept[1].target_bytes(prepared.tokenizer), report=report)
 
 
 def describe(settings: Settings, prepared: Prepared, origins: list[Table], device: torch.device) -> Table:
@@ -271,8 +310,9 @@ def announce(run: Run, trainer: Trainer) -> None:
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     state, shape, threads = trainer.state, run.settings, torch.get_num_threads()
     length = f"{state.end - state.start:,} steps" if state.end else f"{state.minutes:g} minutes"
+    kind = f"{'an' if shape.kind[0] in 'aeiou' else 'a'} {shape.kind}"
     say(
-        f"Training {run.path}: a {shape.kind} of {parameters:,} parameters, context {shape.context_length},"
+        f"Training {run.path}: {kind} of {parameters:,} parameters, context {shape.context_length},"
         f" for {length} on {trainer.device} ({threads} thread{'s' * (threads != 1)})."
     )
     if trainer.settings.curriculum:

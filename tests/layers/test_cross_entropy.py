@@ -20,6 +20,22 @@ def test_equal_to_torch(shape, ignored):
     torch.testing.assert_close(CrossEntropy()(logits, targets), expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("ignored", [0, 5])
+@pytest.mark.parametrize("smoothing", [0.1, 0.9])
+def test_smoothed_as_torch_does_it_but_only_in_training(smoothing, ignored):
+    torch.manual_seed(1)
+    logits = (torch.randn(3, 4, 7, dtype=torch.float64) * 5).requires_grad_(True)
+    targets = torch.randint(7, (3, 4))
+    targets.view(-1)[torch.randperm(12)[:ignored]] = IGNORED
+    layer, flat = CrossEntropy(smoothing), (logits.view(-1, 7), targets.view(-1))
+    expected = F.cross_entropy(*flat, label_smoothing=smoothing)
+    with recording(layer):
+        found = layer(logits, targets)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(layer.backward(), torch.autograd.grad(expected, logits)[0], rtol=0, atol=1e-14)
+    torch.testing.assert_close(layer.eval()(logits, targets), F.cross_entropy(*flat), rtol=1e-12, atol=0)
+
+
 def test_no_counted_target_gives_zero_and_no_gradient():
     logits = torch.randn(2, 3, 5, requires_grad=True)
     targets = torch.full((2, 3), IGNORED)

@@ -13,6 +13,7 @@ import quire.layers
 from quire.layers.activations import ACTIVATIONS
 from quire.layers.attention import MultiHeadAttention, ScaledDotProductAttention
 from quire.layers.blocks import BLOCKS
+from quire.layers.cross_attention import CrossAttention, source_visibility
 from quire.layers.cross_entropy import IGNORED, CrossEntropy
 from quire.layers.dropout import Dropout
 from quire.layers.embedding import Embedding
@@ -21,6 +22,7 @@ from quire.layers.layer import Block, Layer, recording
 from quire.layers.linear import Linear, OutputHead
 from quire.layers.normalization import LayerNorm, RMSNorm
 from quire.layers.positions import LearnedPositions, RotaryPositions, RotaryScaling, SinusoidalPositions
+from quire.layers.recurrent import CELLS
 from quire.layers.sparsity import Pattern, Sight
 
 CPU = torch.device("cpu")
@@ -112,6 +114,18 @@ def cases() -> dict[str, Case]:
     for bias in (True, False):
         made[f"swiglu bias {bias}"] = Case(lambda bias=bias: SwiGLU(3, 5, bias), [numbers(2, 3, 3)])
 
+    starts = ids(3, 4, below=2).bool()
+    for name, cell in CELLS.items():
+        for about, others in [
+            ("alone", ()),
+            ("left padding", (left_padded(3, 4),)),
+            ("right padding", (right_padded(3, 4),)),
+            ("documents", (None, starts)),
+            ("documents and padding", (left_padded(3, 4), starts)),
+        ]:
+            made[f"{name} {about}"] = Case(lambda cell=cell: cell(3, 2), [numbers(3, 4, 3)], others=others)
+        made[f"{name} one step"] = Case(lambda cell=cell: cell(3, 2), [numbers(2, 1, 3)])
+
     for name, targets in [
         ("all", ids(2, 4)),
         ("some ignored", ids(2, 4).masked_fill(left_padded(2, 4).flip(0).logical_not(), IGNORED)),
@@ -119,6 +133,9 @@ def cases() -> dict[str, Case]:
         ("none", torch.full((2, 4), IGNORED)),
     ]:
         made[f"cross-entropy {name}"] = Case(CrossEntropy, [numbers(2, 4, 5) * 3], others=(targets,))
+        made[f"smoothed cross-entropy {name}"] = Case(
+            lambda: CrossEntropy(0.2), [numbers(2, 4, 5) * 3], others=(targets,)
+        )
     for norm in (lambda: LayerNorm(4), lambda: RMSNorm(4)):
         for placement, kind in BLOCKS.items():
             made[f"{placement}-norm block {type(norm()).__name__}"] = Case(
@@ -172,6 +189,19 @@ def cases() -> dict[str, Case]:
             [numbers(3, 4, 3)],
             others=(turn.angles(positions) if turn else None, Sight.of(4, 0, CPU, mask).visible(Pattern(), 0)),
         )
+    for heads in (1, 2):
+        for dropout in (0.0, 0.3):
+            for side, mask in [
+                ("no", torch.ones(3, 5).bool()),
+                ("right", right_padded(3, 5)),
+                ("left", left_padded(3, 5)),
+            ]:
+                made[f"cross-attention of {heads} heads, dropout {dropout}, {side} padding"] = Case(
+                    lambda heads=heads, dropout=dropout: CrossAttention(4, heads, dropout=dropout),
+                    [numbers(3, 2, 4), numbers(3, 5, 4, seed=4)],
+                    2,
+                    (source_visibility(mask),),
+                )
     return made
 
 

@@ -24,10 +24,12 @@ from quire.run import Run
 from quire.training.engines import ENGINES
 from quire.training.train import verify
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = {  # those of these fields that a model's settings have
     "vocabulary_size": 13, "context_length": 12, "separator": 12, "embedding_size": 16, "hidden_size": 16, "layers": 3,
     "heads": 4, "kv_heads": 2, "feedforward_size": 24, "window": 4,
+    "stack": ({"kind": "embedding", "size": 16}, {"kind": "lstm", "size": 12, "dropout": 0.1}, {"kind": "attention"},
+              {"kind": "gru", "normalization": "rmsnorm"}, {"kind": "block", "heads": 2}, {"kind": "layernorm"}),
 }  # fmt: skip
 
 
@@ -43,11 +45,11 @@ def built(kind: str, **changes: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, dtype=torch.float64, generator=generator) / 3
-    return model
+    return model.to(DEVICE)
 
 
 def random_tokens(*shape: int, seed: int = 2) -> Tensor:
-    return torch.randint(12, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(12, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def source(model: Any, rows: int, seed: int = 5) -> dict[str, Tensor]:
@@ -55,7 +57,11 @@ def source(model: Any, rows: int, seed: int = 5) -> dict[str, Tensor]:
     if not model.settings.reads_source:
         return {}
     read = random_tokens(rows, 7, seed=seed)
-    return {"source": read.masked_fill(torch.arange(7) >= 7 - torch.arange(rows).unsqueeze(1), IGNORED)}
+    return {
+        "source": read.masked_fill(
+            torch.arange(7, device=DEVICE) >= 7 - torch.arange(rows, device=DEVICE)[:, None], IGNORED
+        )
+    }
 
 
 def gradients(model: Any, engine: str, batch: Batch) -> tuple[float, list[Tensor]]:
@@ -155,7 +161,7 @@ def test_cached_equals_uncached(kind):
         assert cache.length == 12
     cache = model.new_cache(3)
     model(rows[:, :7], cache=cache, **read)
-    order = torch.tensor([2, 0, 2, 1])
+    order = torch.tensor([2, 0, 2, 1], device=DEVICE)
     other = cache.copy().reordered(order)
     model(rows[:, 7:9], cache=cache)  # what befalls the first leaves its copy alone
     torch.testing.assert_close(model(rows[order, 7:], cache=other), whole[order, 7:], rtol=1e-9, atol=1e-9)
@@ -168,7 +174,7 @@ def test_a_row_is_the_same_in_a_batch_and_alone(kind):
     model = built(kind).eval()
     lengths, read = [9, 4, 1], source(model, 3)
     rows = random_tokens(3, 9)
-    mask = torch.arange(9) >= 9 - torch.tensor(lengths).unsqueeze(1)
+    mask = (torch.arange(9) >= 9 - torch.tensor(lengths).unsqueeze(1)).to(DEVICE)
     for row, length in enumerate(lengths):
         own = {name: value[row : row + 1] for name, value in read.items()}
         alone = model(rows[row : row + 1, 9 - length :], **own)
@@ -196,6 +202,7 @@ def test_compiles(kind):
     """Traced forward and backward as torch.compile does, but for the last step, which makes machine code."""
     model = built(kind).train()
     batch = a_batch(model)
+    torch._dynamo.reset()
     loss, expected = gradients(model, "autograd", batch)
     faster = torch.compile(copy.deepcopy(model), backend="aot_eager")
     again, found = gradients(faster, "autograd", batch)
@@ -228,7 +235,8 @@ def test_trains_resumes_and_loads(kind, desk: Path, pairs: Path):
         assert losses
     one, other = (runs[engine].model("cpu") for engine in ENGINES)
     for (name, ours), theirs in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
+        if not name.endswith("key.bias"):  # its gradient is 0 but for rounding, which Adam makes steps of
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
     found = Run("manual")
     assert found.settings == one.settings
     assert quire.evaluate(found).validation_loss == pytest.approx(quire.evaluate("autograd").validation_loss, rel=1e-3)

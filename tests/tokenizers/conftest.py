@@ -1,12 +1,16 @@
 """What the tests of tokenizers share: reference files, tiktoken as an oracle, and texts that are hard to split."""
 
+import json
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public
+import tokenizers
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks, load_tiktoken_bpe
 
 from quire.tokenizers import ByteBPETokenizer, core, load_tokenizer
@@ -151,3 +155,122 @@ def published_pair(
 def no_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the C core is not compiled."""
     monkeypatch.setattr(core, "fast", None)
+
+
+# ---- files as published ones are, with small vocabularies that Hugging Face's own trainer has made ----
+
+SPACE = "\u2581"
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3, QWEN2 = WORDS + r"\p{N}{1,3}" + OTHERS, WORDS + r"\p{N}" + OTHERS
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+def _split(regex: str) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, {**BYTE_LEVEL, "use_regex": False}]}
+
+
+DIGITS = {"type": "Digits", "individual_digits": True}
+PREFIXED = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+METASPACE = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+PIECES_DECODER = [
+    {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+]  # fmt: skip
+
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+BYTE_FAMILIES: dict[str, dict[str, Any]] = {  # normalizer, pre_tokenizer, special tokens, ignore_merges, our pattern
+    "gpt2": {"split": {**BYTE_LEVEL, "use_regex": True}, "specials": ["<|endoftext|>"], "pattern": "gpt2"},
+    "qwen2": {"normalizer": {"type": "NFC"}, "split": _split(QWEN2), "specials": CHATML, "pattern": "qwen2"},
+    "llama3": {
+        "split": _split(LLAMA3), "ignore_merges": True, "pattern": "cl100k-hf",
+        "specials": ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
+    },
+    "smollm2": {
+        "split": {"type": "Sequence", "pretokenizers": [DIGITS, {**BYTE_LEVEL, "use_regex": True}]},
+        "specials": [*CHATML, "<repo_name>"], "pattern": "smollm", "first": True,
+    },
+}  # fmt: skip
+PIECES_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama2": {"normalizer": {"type": "Sequence", "normalizers": PREFIXED}, "split": None},
+    "mistral": {"normalizer": None, "split": METASPACE},
+    "each-part": {"normalizer": None, "split": {**METASPACE, "prepend_scheme": "always"}},
+    "no-prefix": {"normalizer": PREFIXED[1], "split": None},
+}
+
+
+def _parts(model: dict[str, Any], decoder: Any, added: list[tuple[int, str]], **rest: Any) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    full = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None, **rest}
+    return {**full, "added_tokens": [{"id": i, "content": name, **flags} for i, name in added], "decoder": decoder,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, **model}}  # fmt: skip
+
+
+def _template(name: str, number: int) -> dict[str, Any]:
+    token, text = {"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    other = {"Sequence": {"id": "B", "type_id": 1}}
+    special = {name: {"id": name, "ids": [number], "tokens": [name]}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [token, text],
+        "pair": [token, text, other],
+        "special_tokens": special,
+    }
+
+
+def _byte_level(family: str, texts: list[str], size: int = 700) -> dict[str, Any]:
+    """The contents of a tokenizer.json of the family: its special tokens first, or after the others."""
+    given = BYTE_FAMILIES[family]
+    rest = {"normalizer": given.get("normalizer"), "pre_tokenizer": given["split"]}
+    decoder = {**BYTE_LEVEL, "use_regex": True}
+    made = tokenizers.Tokenizer.from_str(json.dumps(_parts({"vocab": {}, "merges": []}, decoder, [], **rest)))
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    first = given["specials"] if given.get("first") else []
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, special_tokens=first, show_progress=False
+    )
+    made.train_from_iterator(texts, trainer)
+    model = json.loads(made.to_str())["model"]
+    added = [(i if first else len(model["vocab"]) + i, name) for i, name in enumerate(given["specials"])]
+    model = {**model, "ignore_merges": given.get("ignore_merges", False)}
+    template = _template(added[0][1], added[0][0]) if family == "llama3" else None
+    after = {"type": "Sequence", "processors": [{**BYTE_LEVEL, "use_regex": True}, template]} if template else None
+    return _parts(model, decoder, added, **{**rest, "post_processor": after})
+
+
+def _merges(vocabulary: dict[str, int], first: int) -> list[list[str]]:
+    """All ways to make a piece of two, the first piece first: as published files have them, made from scores."""
+    found = []
+    for piece, number in vocabulary.items():
+        parts = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if number >= first]
+        known = [pair for pair in parts if pair[0] in vocabulary and pair[1] in vocabulary]
+        found += [(number, vocabulary[left], vocabulary[right], [left, right]) for left, right in known]
+    return [pair for _, _, _, pair in sorted(found)]
+
+
+def _pieces(family: str, texts: list[str], size: int = 700) -> dict[str, Any]:
+    """The contents of a tokenizer.json of SentencePiece's kind: <unk> <s> </s>, the bytes, then learned pieces."""
+    given = PIECES_FAMILIES[family]
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.normalizer = tokenizers.normalizers.Replace(" ", SPACE)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(f"{SPACE}+[^{SPACE}\n]*|\n"), "isolated")
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, limit_alphabet=60, show_progress=False
+    )
+    made.train_from_iterator([f" {text}" for text in texts], trainer)
+    learned = json.loads(made.to_str())["model"]
+    model = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+             "vocab": learned["vocab"], "merges": _merges(learned["vocab"], len(special))}  # fmt: skip
+    rest = {"normalizer": given["normalizer"], "pre_tokenizer": given["split"], "post_processor": _template("<s>", 1)}
+    steps = PIECES_DECODER[: 3 if family == "no-prefix" else 4]
+    return _parts(model, {"type": "Sequence", "decoders": steps}, list(enumerate(special[:3])), **rest)
+
+
+@pytest.fixture(scope="session")
+def family(texts: Callable[..., list[str]]) -> Callable[[str], dict[str, Any]]:
+    """family(name): the contents of a tokenizer.json as the models of that name have it."""
+    blocks = [f"{text} the owl calls upon the night 12345" for text in texts(800, seed=60, length=20)]
+    return cache(lambda name: _byte_level(name, blocks) if name in BYTE_FAMILIES else _pieces(name, blocks))
