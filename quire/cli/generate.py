@@ -110,7 +110,7 @@ def write(writer: Writer, prompts: Sequence[str], settings: GenerationSettings, 
             update(sum(len(sample.tokens) for sample in samples) / most)
     if explained:
         for sample in samples:
-            writer.explain(sample, settings.unknown)
+            writer.explain(sample, settings.unknown, settings.special)
     return samples
 
 

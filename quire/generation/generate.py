@@ -16,7 +16,7 @@ from quire.generation.sampling import SamplingSettings, sample
 from quire.generation.stream import Choose, shortened, tokens
 from quire.generation.texts import Draft, Sample, Score, StoppedBy, first_stop, half_stop
 from quire.run import Run
-from quire.tokenizers.tokenizer import Unknown
+from quire.tokenizers.tokenizer import Special, Unknown
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class GenerationSettings(SamplingSettings):
     seed: int = 1337  # of the random numbers
     stop: tuple[str, ...] = ()  # end before the first of these strings
     unknown: Unknown = "error"  # prompt characters outside the vocabulary: refuse, skip or replace them
+    special: Special = "text"  # <|name|> in a prompt: plain text, an error, or the special token of that name ("token")
     beams: int = 1  # above 1: search for the likeliest texts with this many beams; nothing is drawn
     length_penalty: float = 1.0  # texts of a beam search rank by log-probability / length ^ this; 0: not by length
     batch_size: int = 64  # texts (or beams) that run at once; fewer take less memory
@@ -91,9 +92,9 @@ class Writer:
         self.model = model if model is not None else run.model(self.device)
         self.memory = PromptMemory()
 
-    def start(self, prompt: str, unknown: Unknown = "error") -> Start:
+    def start(self, prompt: str, unknown: Unknown = "error", special: Special = "text") -> Start:
         """The tokens of a prompt, in the form that this model was trained on."""
-        ids, separator = self.tokenizer.encode(prompt, unknown, "text"), self.tokenizer.separator
+        ids, separator = self.tokenizer.encode(prompt, unknown, special), self.tokenizer.separator
         context_length = self.model.settings.context_length
         if not self.answers:  # a long text goes on from its end
             window = [*self.prefix, *ids] or [self.start_token]
@@ -139,7 +140,7 @@ class Writer:
         if settings.beams > self.tokenizer.vocabulary_size:
             size = self.tokenizer.vocabulary_size
             raise UserError(f"--beams {settings.beams} is more than the vocabulary has tokens: at most {size}.")
-        starts = [self.start(prompt, settings.unknown) for prompt in prompts]
+        starts = [self.start(prompt, settings.unknown, settings.special) for prompt in prompts]
         if settings.beams > 1:
             together = max(1, settings.batch_size // settings.beams)
             for first in range(0, len(starts), together):
@@ -213,13 +214,13 @@ class Writer:
         windows, sources = [start.window for start in starts], [start.source for start in starts]
         return tokens(self.model, windows, choose, self.device, sources=sources, kept=self.kept, memory=self.memory)
 
-    def explain(self, written: Sample, unknown: Unknown = "error") -> None:
+    def explain(self, written: Sample, unknown: Unknown = "error", special: Special = "text") -> None:
         """Add to a sample what the model expected in place of each token, of the prompt and of the text.
 
         The text is read once more, in the windows in which it was written. A prompt that is longer than the context
         counts by its end; an encoder's prompt has no expectations, for nothing predicts it.
         """
-        start = self.start(written.prompt, unknown)
+        start = self.start(written.prompt, unknown, special)
         expected = expectations(
             self.model,
             self.tokenizer,

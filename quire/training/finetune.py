@@ -34,6 +34,8 @@ from quire.training.train import (
 )
 
 GENTLER = 0.25  # of the run's own learning rates
+LONGEST = 512  # tokens: the context of a fine-tuning from an imported model, where nothing else is said
+KEPT = ("prompt_prefix", "start_token", "licence", "attribution", "chat_template")  # in the manifest of imported models
 
 
 def finetune(
@@ -41,19 +43,21 @@ def finetune(
     *texts: str,
     run: str | Path | None = None,
     unknown: Policy = "error",
+    context_length: int = 0,
     data: Table | None = None,
     **training: Any,
 ) -> Run:
     """Train the model of the run `base` on `texts`, in a new run.
 
     What its vocabulary lacks is an error, is left out ("skip"), gets a stand-in ("replace"), or becomes new tokens
-    ("grow") whose rows of weights begin as the mean of all. `data` and the other keywords are fields of DataSettings
-    and TrainingSettings: `quire.finetune("runs/book", "letters.txt", minutes=2)`.
+    ("grow") whose rows of weights begin as the mean of all. The new run reads `context_length` tokens at once; 0: as
+    many as the base, but of a model imported with a longer context LONGEST. `data` and the other keywords are fields
+    of DataSettings and TrainingSettings: `quire.finetune("runs/book", "letters.txt", minutes=2)`.
     """
     base = base if isinstance(base, Run) else Run(base)
     flags = {"data": {**(data or {}), "text": list(texts), "unknown": unknown}, "training": training}
     settings = typed(merged(inherited(base), flags))
-    return finetune_run(base, settings, Path(run) if run is not None else None)
+    return finetune_run(base, settings, Path(run) if run is not None else None, context_length=context_length)
 
 
 def inherited(base: Run) -> Table:
@@ -68,19 +72,26 @@ def inherited(base: Run) -> Table:
     return table
 
 
-def finetune_run(base: Run, settings: Settings, path: Path | None = None, began: float | None = None) -> Run:
-    """Fine-tune with finished settings; `began` is time.time() at the command's start, for --minutes."""
+def finetune_run(
+    base: Run, settings: Settings, path: Path | None = None, began: float | None = None, context_length: int = 0
+) -> Run:
+    """Fine-tune with finished settings; `began` is time.time() at the command's start, for --minutes.
+
+    The new run reads `context_length` tokens at once; 0: as many as the base, but see LONGEST.
+    """
     began = began or time.time()
     texts, further = settings.data.named, f"quire resume {base.path} --minutes 5"
     if not texts:
         what = "--pairs FILE" if base.settings.reads_source else "TEXT"
-        raise UserError(f"Name the {what} to fine-tune on. To train further on the run's own text: {further}")
+        own = "" if base.imported else f" To train further on the run's own text: {further}"
+        raise UserError(f"Name the {what} to fine-tune on.{own}")
     check_pairs(settings)
     if "-" in texts:
         raise UserError("Fine-tuning reads no standard input. Write the text to a file, and name that.")
     check_length(settings.training)
     if settings.training.tokenizer != str(base.path):
         raise UserError("Fine-tuning keeps the run's own tokenizer: leave --tokenizer out.")
+    context_length = context_of(base, context_length)
     path = path or free_path(texts[0])
     refuse_existing(path)
     device, threads = prepare_machine(settings.training)
@@ -95,13 +106,14 @@ def finetune_run(base: Run, settings: Settings, path: Path | None = None, began:
     say(f"{', '.join(texts[:3])}: {prepared}")
     settings = Settings(
         settings.data,
-        replace(base.settings, vocabulary_size=prepared.tokenizer.vocabulary_size),
+        replace(base.settings, vocabulary_size=prepared.tokenizer.vocabulary_size, context_length=context_length),
         replace(settings.training, threads=threads),
     )
     if settings.data.pairs:
         prepared = fitting_pairs(settings, prepared)
     manifest = describe(settings, prepared, corpus.origins, device)
     manifest |= {"finetuned_from": str(base.path), "separators": manifest["separators"] + base.manifest["separators"]}
+    manifest |= {name: base.manifest[name] for name in KEPT if name in base.manifest}
     created = Run.create(path, settings.tables(), prepared.tokenizer, manifest, prepared.validation[:], {})
 
     def begin(trainer: Trainer) -> None:
@@ -112,11 +124,31 @@ def finetune_run(base: Run, settings: Settings, path: Path | None = None, began:
     return train_created(created, settings.training, prepared, device, began, begin, keep=False)
 
 
+def context_of(base: Run, wanted: int) -> int:
+    """How many tokens the new run reads at once."""
+    own = base.settings.context_length
+    if not 0 <= wanted <= own or wanted == 1:
+        raise UserError(f"--context-length must be between 2 and that of {base.path}, {own}, not {wanted}.")
+    if wanted or not base.imported or own <= LONGEST:
+        return wanted or own
+    say(
+        f"The new run reads {LONGEST} tokens at once, not {own:,} as {base.path}: that takes less memory and time."
+        f" To keep them all: --context-length {own}"
+    )
+    return LONGEST
+
+
 def put_weights(model: Any, weights: dict[str, Tensor], known: int) -> None:
-    """Copy `weights` into the model; the rows of tokens beyond the first `known` become the mean of those."""
+    """Copy `weights` into the model; the rows of tokens beyond the first `known` become the mean of those.
+
+    Of learned positions those stay that the model has.
+    """
     own = checkpoint.model_tensors(model)
     grown = {}
     for name, tensor in weights.items():
+        if name == "positions.weight":
+            grown[name] = tensor[: len(own[name])]
+            continue
         more = own[name].shape[0] - known if tensor.dim() and len(tensor) == known else 0
         mean = tensor.mean(0, keepdim=True).expand(more, *tensor.shape[1:])
         grown[name] = torch.cat((tensor, mean)) if more else tensor
