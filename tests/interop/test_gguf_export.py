@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from quire.errors import UserError
 from quire.generation.stream import tokens as stream
 from quire.interop import export_model, import_model
+from quire.interop.gguf_export import architecture_of
 from quire.models import MODELS
 
 from .conftest import logits
@@ -158,12 +160,10 @@ def test_what_llama_cpp_lacks_is_refused_by_name(random_run, tmp_path, settings,
     assert not list(tmp_path.glob("*.gguf*"))
 
 
-def test_every_kind_of_model_goes_out_or_is_refused(random_run, tmp_path):
-    for number, kind in enumerate(MODELS):
-        try:
-            export_model(random_run(kind=kind), "gguf", tmp_path / f"{number}.gguf")
-        except UserError as error:
-            assert f"kind is {kind}" in str(error)
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in ("gpt", "modern")])
+def test_every_other_kind_of_model_is_refused(kind):
+    with pytest.raises(UserError, match=f"its kind is {kind}"):
+        architecture_of(SimpleNamespace(kind=kind))
 
 
 def test_an_interrupted_export_leaves_nothing(random_run, tmp_path, monkeypatch):
