@@ -38,23 +38,29 @@ class Run:
         config: Table,
         tokenizer: Tokenizer,
         manifest: Table,
-        validation: np.ndarray,
+        validation: np.ndarray | None,
         kept: dict[str, bytes],
+        model: checkpoint.Tensors | None = None,
     ) -> "Run":
         """Make the directory with everything but a checkpoint; one that exists is refused, never overwritten.
 
-        `kept` are further files by name. config.toml comes last: a directory that has it is a whole run.
+        An imported model comes along as `model`, and becomes the checkpoint `best`; it has no held-out text. `kept` are
+        further files by name. config.toml comes last: a directory that has it is a whole run.
         """
         refuse_existing(path)
         path.mkdir(parents=True, exist_ok=True)
-        data = validation.astype(token_type(tokenizer.vocabulary_size)).tobytes()
-        held_out = {**manifest["validation"], "tokens": len(validation), "crc32": files.crc32(data)}
         try:
+            if model is not None:
+                checkpoint.save(path / "checkpoints" / "best", model, {}, {})
+            if validation is not None:
+                data = validation.astype(token_type(tokenizer.vocabulary_size)).tobytes()
+                held_out = {**manifest["validation"], "tokens": len(validation), "crc32": files.crc32(data)}
+                files.write_bytes(path / "data" / "validation.bin", data)
+                manifest = {**manifest, "validation": held_out}
             for name, content in kept.items():
                 files.write_bytes(path / name, content)
             tokenizer.save(path / "tokenizer.json")
-            files.write_bytes(path / "data" / "validation.bin", data)
-            files.write_json(path / "manifest.json", {**manifest, "validation": held_out})
+            files.write_json(path / "manifest.json", manifest)
             write_checked_toml(path / "config.toml", config)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
@@ -85,9 +91,16 @@ class Run:
             raise UserError(f"{self.path} lacks its manifest.json. Restore it from a copy.")
         return files.read_json(self.path / "manifest.json")
 
+    @property
+    def imported(self) -> bool:
+        """Whether its model came from another program: then it has no training text, held-out text or metrics."""
+        return "imported_from" in self.manifest
+
     def validation_tokens(self) -> np.ndarray:
         """The held-out tokens, a separator first."""
         path = self.path / "data" / "validation.bin"
+        if self.imported:
+            raise UserError(f"{self.path} was imported, without a held-out text. Name one: quire evaluate {self.path} TEXT")
         if not path.is_file():
             raise UserError(f"{path} is missing. Restore it, or evaluate on a text: quire evaluate {self.path} TEXT")
         data = path.read_bytes()

@@ -16,6 +16,8 @@ COMMANDS = {
     "generate": "let a run's model write",
     "evaluate": "measure a run's model on its held-out text, or on another",
     "plot": "draw the loss curves of runs into a PNG",
+    "import": "make a run of another program's model: quire import FILE, or smollm2-135m-instruct",
+    "export": "write a run's model for another program: quire export RUN --to gguf --out FILE",
     "tokenizer": "train a tokenizer, encode and decode with one, compare several on a text",
     "runs": "list the runs below a folder",
     "corpora": "list the texts known by name",

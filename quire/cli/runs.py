@@ -48,7 +48,7 @@ def row(path: Path) -> dict[str, Any]:
         files = opened.folder("best" if opened.folder("best").exists() else "last").glob("model.safetensors")
         return {
             "run": str(path),
-            "text": ", ".join(origin["path"] for origin in opened.manifest["data"]),
+            "text": text_of(opened),
             "steps": metrics[-1]["step"] if metrics else 0,
             "model_bytes": sum(file.stat().st_size for file in files),
             "validation_loss": best.get("validation_loss"),
@@ -57,6 +57,13 @@ def row(path: Path) -> dict[str, Any]:
         }
     except (UserError, OSError, KeyError) as error:
         return {"run": str(path), "problem": str(error)}
+
+
+def text_of(opened: Run) -> str:
+    """What a run was trained on, or imported from."""
+    if opened.imported:
+        return f"imported from {opened.manifest['imported_from']['path']}"
+    return ", ".join(origin["path"] for origin in opened.manifest["data"])
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -20,12 +20,14 @@ from quire.data.vocabulary import Policy
 from quire.errors import UserError
 from quire.progress import say
 from quire.run import Run, refuse_existing
+from quire.training.curriculum import Stage
 from quire.training.loop import Trainer
 from quire.training.settings import LENGTHS, Settings, typed
 from quire.training.texts import read_texts
 from quire.training.train import check_length, describe, free_path, prepare_machine, train_created
 
 GENTLER = 0.25  # of the run's own learning rates
+KEPT = ("prompt_prefix", "start_token", "licence", "attribution", "chat_template")  # in the manifest of imported models
 
 
 def finetune(
@@ -49,10 +51,15 @@ def finetune(
 
 
 def inherited(base: Run) -> Table:
-    """The settings that a fine-tuning starts from: the run's own, without its text and its length, and gentler."""
+    """The settings that a fine-tuning starts from: the run's own, without its text and its length, and gentler.
+
+    Of a curriculum a single stage stays: it says how long windows are, as imported models of a long context have it.
+    """
     table = {name: dict(part) for name, part in base.config.items()}
     training = table.setdefault("training", {})
-    training |= {**dict.fromkeys(LENGTHS, 0), "decisions": "", "curriculum": [], "tokenizer": str(base.path)}
+    stages = training.get("curriculum", [])
+    kept = stages if len(stages) == 1 and not Stage.parse(stages[0]).text else []
+    training |= {**dict.fromkeys(LENGTHS, 0), "decisions": "", "curriculum": kept, "tokenizer": str(base.path)}
     for name in ("learning_rate", "matrix_learning_rate"):
         if name in training:
             training[name] *= GENTLER
@@ -65,7 +72,8 @@ def finetune_run(base: Run, settings: Settings, path: Path | None = None, began:
     began = began or time.time()
     texts, further = settings.data.text, f"quire resume {base.path} --minutes 5"
     if not texts:
-        raise UserError(f"Name the TEXT to fine-tune on. To train further on the run's own text: {further}")
+        own = "" if base.imported else f" To train further on the run's own text: {further}"
+        raise UserError(f"Name the TEXT to fine-tune on.{own}")
     if "-" in texts:
         raise UserError("Fine-tuning reads no standard input. Write the text to a file, and name that.")
     check_length(settings.training)
@@ -90,6 +98,7 @@ def finetune_run(base: Run, settings: Settings, path: Path | None = None, began:
     )
     manifest = describe(settings, prepared, corpus.origins, device)
     manifest |= {"finetuned_from": str(base.path), "separators": manifest["separators"] + base.manifest["separators"]}
+    manifest |= {name: base.manifest[name] for name in KEPT if name in base.manifest}
     created = Run.create(path, settings.tables(), prepared.tokenizer, manifest, prepared.validation[:], {})
 
     def begin(trainer: Trainer) -> None:

@@ -189,6 +189,11 @@ def reopened(
     run: Run, data: Sequence[str] = (), *, engine: str = "", device: str = "", threads: int = 0, began: float = 0.0
 ) -> Trainer:
     """A trainer for a run that exists, its checkpoint not loaded; the text must be the one it began with."""
+    if run.imported:
+        raise UserError(
+            f"{run.path} was imported: there is no training to resume. To train its model on a text:"
+            f" quire finetune {run.path} TEXT --run NEW"
+        )
     training = from_table(TrainingSettings, run.config.get("training", {}), "training")
     training = replace(
         training,

@@ -1,0 +1,70 @@
+"""Neighbours: models that come in from other programs as runs, and runs that go out to them.
+
+To add one: a file, and a line in IMPORTERS or EXPORTERS. Libraries that not everyone has are imported where used.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from quire.errors import UserError, choose, nearest
+from quire.interop import gguf, llama2c
+from quire.interop.imported import Foreign, Importer, create
+from quire.interop.pretrained import PRETRAINED
+from quire.run import Run, refuse_existing
+from quire.training.train import free_path
+
+IMPORTERS: dict[str, Importer] = {
+    "gguf": Importer(gguf.recognizes, gguf.read),
+    "llama2c": Importer(llama2c.recognizes, llama2c.read),
+}
+
+# Each writes a run's best model to a path that does not exist yet; the text is --type, "" for the usual one.
+EXPORTERS: dict[str, Callable[[Run, Path, str], None]] = {
+    "gguf": gguf.write,
+}
+
+KINDS = "a .gguf file or a llama2.c .bin file"  # what can be imported, for sentences
+
+
+def import_model(
+    source: str, run: str | Path | None = None, tokenizer: str | Path | None = None, context_length: int = 0
+) -> Run:
+    """Make a run of a foreign model: a file, a folder, or a name in PRETRAINED.
+
+    `run` is the new run directory (None: runs/NAME after the source), `tokenizer` the model's tokenizer where that is a
+    file of its own, `context_length` how much of its context to keep (0: all). What is no model, is damaged, or has
+    parts that Quire lacks is a UserError.
+    """
+    path = Path(run) if run is not None else free_path(source)
+    refuse_existing(path)
+    foreign = found(source, Path(tokenizer) if tokenizer is not None else None)
+    return create(foreign, path, context_length)
+
+
+def found(source: str, tokenizer: Path | None) -> Foreign:
+    """What a path or a name stands for, its weights not read yet."""
+    path = Path(source)
+    if source in PRETRAINED and not path.exists():
+        return PRETRAINED[source].read()
+    if not path.exists():
+        raise UserError(
+            f"There is no {source} to import: give {KINDS}, or one of the names"
+            f" {', '.join(PRETRAINED)}.{nearest(source, list(PRETRAINED))}"
+        )
+    for importer in IMPORTERS.values():
+        if importer.recognizes(path):
+            return importer.read(path, tokenizer)
+    raise UserError(f"{path} is no model that Quire knows. It imports {KINDS}.")
+
+
+def export_model(run: Run | str | Path, to: str, out: str | Path, weights: str = "") -> Path:
+    """Write a run's best model in the format `to` of EXPORTERS; `weights` is how they are stored ("": as usual there).
+
+    A path that exists is refused; so is a model that the format has no words for, by name.
+    """
+    run, out = run if isinstance(run, Run) else Run(run), Path(out)
+    write = EXPORTERS[choose("--to", to, list(EXPORTERS))]
+    if out.exists():
+        raise UserError(f"{out} exists already. Name another --out.")
+    write(run, out, weights)
+    return out
