@@ -100,7 +100,9 @@ class Run:
         """The held-out tokens, a separator first."""
         path = self.path / "data" / "validation.bin"
         if self.imported:
-            raise UserError(f"{self.path} was imported, without a held-out text. Name one: quire evaluate {self.path} TEXT")
+            raise UserError(
+                f"{self.path} was imported, without a held-out text. Name one: quire evaluate {self.path} TEXT"
+            )
         if not path.is_file():
             raise UserError(f"{path} is missing. Restore it, or evaluate on a text: quire evaluate {self.path} TEXT")
         data = path.read_bytes()

@@ -45,7 +45,7 @@ def stream(
     for begins, text in pieces:
         if begins:
             yield separator
-        yield tokenizer.encode_array(text, unknown)
+        yield (tokenizer.encode_array if begins else tokenizer.encode_more)(text, unknown)
 
 
 def encode_shard(tokenizer: Tokenizer, job: Job, on_text: OnText) -> Shard:
@@ -74,7 +74,7 @@ def encode_shard(tokenizer: Tokenizer, job: Job, on_text: OnText) -> Shard:
                     starts.append(tokens)
                     tokens += 1
                     held.append(separator)
-                ids = tokenizer.encode_array(text, unknown)
+                ids = (tokenizer.encode_array if begins else tokenizer.encode_more)(text, unknown)
                 size += len((text if unknown == "error" else tokenizer.decode(ids)).encode())
                 held.append(ids)
                 tokens += len(ids)

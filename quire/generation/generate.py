@@ -89,7 +89,7 @@ class Writer:
         starts = [start for start in starts for _ in range(settings.samples)]
         samples.extend(Sample() for _ in starts)
         generators = [torch.Generator().manual_seed(settings.seed + i % settings.samples) for i in range(len(starts))]
-        decoders = [self.tokenizer.decoder() for _ in starts]
+        decoders = [self.tokenizer.decoder(start) for start in starts]
         running = set(range(len(starts)))
 
         def choose(logits: torch.Tensor, windows: list[list[int]]) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from quire.errors import UserError, choose, nearest
-from quire.interop import gguf, llama2c
+from quire.interop import gguf, gguf_export, llama2c
 from quire.interop.imported import Foreign, Importer, create
 from quire.interop.pretrained import PRETRAINED
 from quire.run import Run, refuse_existing
@@ -20,7 +20,7 @@ IMPORTERS: dict[str, Importer] = {
 
 # Each writes a run's best model to a path that does not exist yet; the text is --type, "" for the usual one.
 EXPORTERS: dict[str, Callable[[Run, Path, str], None]] = {
-    "gguf": gguf.write,
+    "gguf": gguf_export.write,
 }
 
 KINDS = "a .gguf file or a llama2.c .bin file"  # what can be imported, for sentences

@@ -20,7 +20,19 @@ from quire.errors import UserError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # types, to struct
+NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}  # types, to struct
 STRING, ARRAY = 8, 9
 MOST_DIMENSIONS = 4
 
@@ -65,8 +77,8 @@ class GGUFFile:
             raise UserError(f"{self.where} is no GGUF file: it does not begin with the letters GGUF.")
         version = cursor.number("I")
         if version not in VERSIONS:
-            kind = "big-endian" if version & 0xFFFF == 0 else f"version {version}"
-            raise UserError(f"{self.where} is a {kind} GGUF file. Quire reads little-endian ones of versions 2 and 3.")
+            what = "big-endian" if version & 0xFFFF == 0 else f"version {version}"
+            raise UserError(f"{self.where} is a {what} GGUF file. Quire reads little-endian ones of versions 2 and 3.")
         tensors, entries = cursor.number("Q"), cursor.number("Q")
         self.metadata: dict[str, Any] = {}
         for _ in range(cursor.fitting(entries, 13)):

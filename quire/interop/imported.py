@@ -110,7 +110,7 @@ def check_room(path: Path, size: int) -> None:
             " Make room, or name a --run on another disk."
         )
     if need > 1 << 30:
-        say(f"{size // 4:,} parameters in float32: {gigabytes(size)} on disk, about {gigabytes(need)} of memory meanwhile.")
+        say(f"{size // 4:,} parameters in float32: {gigabytes(size)} on disk, meanwhile {gigabytes(need)} of memory.")
 
 
 def disk_free(path: Path) -> int:

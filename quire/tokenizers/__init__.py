@@ -2,7 +2,8 @@
 
 Read them in this order: tokenizer.py (what all have in common), character.py, word.py, bpe.py (words in parts),
 byte_bpe.py (bytes in parts). merges.py has the algorithm of the last two; patterns.py and pieces.py how text is split
-and counted before it; core.py is the door to the same in C; formats.py reads and writes the files of other tools.
+and counted before it; core.py is the door to the same in C. The files of other tools: hugging_face.py, gguf.py,
+formats.py (tiktoken, GPT-2) and llama2c.py; sentencepiece.py is a kind that only comes with models made elsewhere.
 """
 
 import contextlib
@@ -16,7 +17,9 @@ from quire.sources import SOURCES, fetch
 from quire.tokenizers.bpe import BPETokenizer
 from quire.tokenizers.byte_bpe import ByteBPETokenizer
 from quire.tokenizers.character import CharacterTokenizer
-from quire.tokenizers.formats import GPT2_SPECIALS, from_ranks, parse_ranks, read_checked, read_gpt2, read_ranks
+from quire.tokenizers.formats import GPT2_SPECIALS, from_ranks, parse_ranks, read_gpt2, read_ranks
+from quire.tokenizers.hugging_face import read_checked
+from quire.tokenizers.sentencepiece import SentencePieceTokenizer
 from quire.tokenizers.tokenizer import Tokenizer
 from quire.tokenizers.word import WordTokenizer
 
@@ -26,13 +29,14 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
     "bpe": BPETokenizer,
     "byte-bpe": ByteBPETokenizer,
 }
+READ_ONLY: dict[str, type[Tokenizer]] = {"sentencepiece": SentencePieceTokenizer}  # loaded and saved, but never fitted
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a run directory or a file, or one known by name (`gpt2`).
 
-    A file is Quire's tokenizer.json, Hugging Face's (byte-level BPE), a tiktoken rank file (NAME.tiktoken, or
-    NAME.PATTERN.tiktoken where it is not a published one) or GPT-2's vocab.bpe.
+    A file is Quire's tokenizer.json, Hugging Face's (byte-level BPE, SentencePiece's BPE or characters), a tiktoken
+    rank file (NAME.tiktoken, or NAME.PATTERN.tiktoken where it is not a published one) or GPT-2's vocab.bpe.
     """
     if str(path) in KNOWN and not Path(path).exists():
         return KNOWN[str(path)]()
@@ -62,8 +66,8 @@ def _from_json(file: Path) -> Tokenizer:
     if not isinstance(table, dict) or not {"kind", "crc32"} & set(table):  # of ours a flipped bit may hit one of them
         raise UserError(f"{file} is no tokenizer of Quire's, and no tokenizer.json of Hugging Face's.")
     table = files.read_json(file)
-    kind = choose(f"The tokenizer kind in {file}", str(table.get("kind")), list(TOKENIZERS))
-    return TOKENIZERS[kind].from_table(table)
+    kinds = {**TOKENIZERS, **READ_ONLY}
+    return kinds[choose(f"The tokenizer kind in {file}", str(table.get("kind")), list(kinds))].from_table(table)
 
 
 def _gpt2() -> Tokenizer:

@@ -39,7 +39,7 @@ static int grow(void *at, size_t *room, size_t least, size_t width) { /* at: the
 /* ---- splitting: patterns.py by hand ---- */
 
 enum { OTHER, LETTER, NUMBER, SPACE };
-enum { GPT2, CL100K, CL100K_HF };
+enum { GPT2, CL100K, CL100K_HF, QWEN2, SMOLLM, PATTERNS };
 
 typedef struct { Bytes text, classes; size_t length; } Reader; /* classes: one byte for each code point */
 
@@ -97,12 +97,15 @@ static int is_line_end(uint8_t byte) { return byte == '\n' || byte == '\r'; }
 /* Where the piece that begins at i ends; i is before the end of the text. */
 static size_t piece_end(const Reader *r, size_t i, int pattern) {
     Bytes s = r->text;
-    size_t size, second, last = i, end = contraction(r, i, pattern != GPT2);
+    int simple = pattern == GPT2 || pattern == SMOLLM, digits = pattern == QWEN2 || pattern == SMOLLM;
+    size_t size, second, last = i, end = contraction(r, i, !simple);
     if (end) return i + end;
     int class = class_at(r, i, &size);
     int follows = i + size < r->length ? class_at(r, i + size, &second) : SPACE;
-    if (pattern == GPT2) {
-        if (s[i] == ' ' && follows != SPACE) return run_end(r, i + 1, follows, SIZE_MAX, &last);
+    if (class == NUMBER && digits) return i + size;
+    if (simple) {
+        int apart = follows == SPACE || (follows == NUMBER && digits); /* nothing that takes a space before it */
+        if (s[i] == ' ' && !apart) return run_end(r, i + 1, follows, SIZE_MAX, &last);
         if (class != SPACE) return run_end(r, i, class, SIZE_MAX, &last);
     } else {
         if (class == LETTER) return run_end(r, i, LETTER, SIZE_MAX, &last);
@@ -115,10 +118,11 @@ static size_t piece_end(const Reader *r, size_t i, int pattern) {
         }
     }
     end = run_end(r, i, SPACE, SIZE_MAX, &last);
-    if (end == r->length && pattern != CL100K_HF) return end;
-    if (pattern != GPT2)
+    if (end == r->length && (simple || pattern == CL100K)) return end;
+    if (!simple)
         for (size_t k = end; k > i; k--)
             if (is_line_end(s[k - 1])) return k;
+    if (pattern == SMOLLM && class_at(r, end, &size) == NUMBER) return end; /* as at the end of the text */
     return last > i && end < r->length ? last : end;
 }
 
@@ -797,4 +801,8 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_core", "The fast core of byte-level BPE.", -1, methods,
                                     NULL, NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit__core(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__core(void) {
+    PyObject *made = PyModule_Create(&module);
+    if (made && PyModule_AddIntConstant(made, "PATTERNS", PATTERNS)) Py_CLEAR(made);
+    return made;
+}

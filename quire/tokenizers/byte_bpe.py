@@ -3,9 +3,11 @@
 The 256 bytes are the first tokens; merges of pairs, learned within the pieces of a splitting pattern, make the rest.
 """
 
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,7 +31,9 @@ class ByteBPETokenizer(BytesTokenizer):
 
     `tokens` are the bytes of each id (b"" for special ids and gaps), `merges` triples of ids in the order in which
     they apply, `whole` tokens for pieces that equal them, whatever the merges say (some published vocabularies have
-    tokens that no merges make).
+    tokens that no merges make). With `normalization` "NFC" text is brought into that form of Unicode before it is
+    split, as Qwen2 was trained. A published vocabulary may lack tokens for bytes that its training text did not have;
+    text with such a byte is refused, or goes without it (unknown="skip").
 
     >>> small = ByteBPETokenizer.train(["banana bandana"], vocabulary_size=260)
     >>> [small.name(i) for i in small.encode("banana")]
@@ -47,12 +51,14 @@ class ByteBPETokenizer(BytesTokenizer):
         separator: str = SEPARATOR,
         padding: str = PADDING,
         whole: dict[bytes, int] | None = None,
+        normalization: Literal["", "NFC"] = "",
     ) -> None:
         self.tokens, self.merges, self.pattern, self.whole = tokens, merges, pattern, whole or {}
-        self._specials = specials
+        self._specials, self.normalization = specials, normalization
         self.vocabulary_size = len(tokens)
         self.separator, self.padding = specials[separator], specials[padding]
         self._encoder = core.Encoder(tokens, merges, self.whole, pattern)
+        self.missing = [byte for byte, number in enumerate(self._encoder.byte_ids) if number == self._encoder.nothing]
 
     @property
     def specials(self) -> dict[str, int]:
@@ -90,26 +96,48 @@ class ByteBPETokenizer(BytesTokenizer):
         return from_merges(pairs, pattern)
 
     def encode_array(self, text: str, unknown: Unknown = "error") -> np.ndarray:
-        return self._encoder.encode(utf8(text))
+        if self.normalization == "NFC":
+            text = unicodedata.normalize("NFC", text)
+        data = utf8(text)
+        return self._known(self._encoder.encode(data), data, unknown)
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """The ids of any bytes, int32: what is not UTF-8 is split byte by byte, and comes back as it was."""
-        return self._encoder.encode(data)
+        return self._known(self._encoder.encode(data), data, "error")
+
+    def _known(self, ids: np.ndarray, data: bytes, unknown: Unknown) -> np.ndarray:
+        """The ids without those of bytes that have no token."""
+        if not self.missing or not (nothing := ids == self._encoder.nothing).any():
+            return ids
+        if unknown == "error":
+            byte = next(byte for byte in data if byte in self.missing)
+            raise UserError(
+                f"The tokenizer has no token for the byte {byte:#04x}, which stands in the text. Take it out, or choose"
+                " --unknown skip."
+            )
+        return ids[~nothing]
+
+    def unknown(self, text: str) -> Counter[str]:
+        missing = set(self.missing)
+        if not missing:
+            return Counter()
+        counts = Counter(text)
+        return Counter({each: count for each, count in counts.items() if missing & set(utf8(each))})
 
     def to_table(self) -> dict[str, Any]:
-        from quire.tokenizers.formats import to_hugging_face
+        from quire.tokenizers.hugging_face import to_hugging_face
 
         return to_hugging_face(self)
 
     @classmethod
     def from_table(cls, table: dict[str, Any]) -> "ByteBPETokenizer":
-        from quire.tokenizers.formats import from_hugging_face
+        from quire.tokenizers.hugging_face import from_byte_level
 
-        return from_hugging_face(table)
+        return from_byte_level(table)
 
     def save(self, path: Path) -> None:
         """Write tokenizer.json as Hugging Face's tokenizers read it, with a checksum in it."""
-        from quire.tokenizers.formats import write_checked
+        from quire.tokenizers.hugging_face import write_checked
 
         write_checked(path, self.to_table())
 

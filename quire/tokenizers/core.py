@@ -20,7 +20,9 @@ try:
 except ImportError:  # not compiled
     fast = None
 
-IN_CORE = ("gpt2", "cl100k", "cl100k-hf")  # the patterns that byte-level BPE may have, as _core.c numbers them
+IN_CORE = ("gpt2", "cl100k", "cl100k-hf", "qwen2", "smollm")  # what byte-level BPE may have, as _core.c numbers them
+if getattr(fast, "PATTERNS", 0) != len(IN_CORE):  # compiled from an older source, it would split otherwise
+    fast = None
 
 
 def learn(
@@ -56,7 +58,8 @@ class Encoder:
     """Turns bytes into ids by a list of merges (left id, right id, id of both), the first one first.
 
     `tokens` are the bytes of each id, `whole` those for pieces that equal them, whatever the merges make of such a
-    piece. What a merge makes must be the bytes of its two parts, one after the other.
+    piece. What a merge makes must be the bytes of its two parts, one after the other. A byte that has no token becomes
+    the id `nothing`, the first that is above them all.
     """
 
     def __init__(
@@ -68,7 +71,8 @@ class Encoder:
     ) -> None:
         self.tokens, self.triples, self.whole, self.pattern = tokens, triples, whole, pattern
         ids = {token: number for number, token in enumerate(tokens) if len(token) == 1}
-        self.byte_ids = [ids[bytes([byte])] for byte in range(256)]
+        self.nothing = len(tokens)
+        self.byte_ids = [ids.get(bytes([byte]), self.nothing) for byte in range(256)]
         self._ranks: dict[tuple[int, int], tuple[int, int]] = {}
         self._cache: dict[bytes, list[int]] = {}
         self._idle: list[Any] = []  # encoders of the core: one serves one thread at a time
@@ -105,7 +109,7 @@ class Encoder:
     def _make(self) -> Any:
         byte_ids = np.array(self.byte_ids, dtype=np.int32).tobytes()
         triples = np.array(self.triples, dtype=np.int32).tobytes()
-        sizes = np.array([len(token) for token in self.tokens], dtype=np.int32).tobytes()
+        sizes = np.array([*(len(token) for token in self.tokens), 1], dtype=np.int32).tobytes()
         number = IN_CORE.index(self.pattern)
         return fast.encoder(byte_ids, triples, dict(self.whole), sizes, character_classes(), number)
 

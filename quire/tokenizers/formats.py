@@ -1,28 +1,30 @@
-"""Byte-level BPE in the files of other tools: Hugging Face's tokenizer.json, tiktoken's ranks, GPT-2's vocab.bpe.
+"""Byte-level BPE in the files of other tools: tiktoken's ranks, GPT-2's vocab.bpe, and what all such files share.
 
-tokenizer.json is also how Quire keeps such a tokenizer, with a key of its own, model.quire, that Hugging Face's reader
-passes over. Ranks and merges say the same in two ways: a token's rank is the place of the merge that makes it.
+Ranks and merges say the same in two ways: a token's rank is the place of the merge that makes it. Hugging Face's
+tokenizer.json is in hugging_face.py, the parts of a GGUF file in gguf.py.
 """
 
 import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from quire import files
 from quire.errors import UserError, choose
 from quire.tokenizers import merges as algorithm
 from quire.tokenizers.byte_bpe import ByteBPETokenizer, Triple
 from quire.tokenizers.core import IN_CORE
-from quire.tokenizers.patterns import HUGGING_FACE
 from quire.tokenizers.tokenizer import PADDING, SEPARATOR
 
 END_OF_TEXT = "<|endoftext|>"
-ENDS = (SEPARATOR, END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # names of a separator, elsewhere
+ENDS = (  # names of a separator, elsewhere
+    SEPARATOR, END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|im_end|>", "<|eot_id|>",
+)  # fmt: skip
 PADS = (PADDING, "<|pad|>", "<pad>", "[PAD]")
+
+Which = str | int | None  # a token, by its name or its id; None: found by its usual names
 
 GPT2_SPECIALS = {END_OF_TEXT: 50256}
 KNOWN_RANKS = {  # rank files say neither pattern nor specials: these are known by their sha256
@@ -50,7 +52,8 @@ LETTERS = byte_letters()
 BYTES = {letter: byte for byte, letter in enumerate(LETTERS)}
 
 
-def _spelled(token: bytes) -> str:
+def spelled(token: bytes) -> str:
+    """A token in GPT-2's letters."""
     return "".join(LETTERS[byte] for byte in token)
 
 
@@ -61,120 +64,67 @@ def _bytes_of(spelling: str, where: str) -> bytes:
         raise UserError(f"{where}: the token {spelling!r} is not spelled in GPT-2's letters for bytes.") from error
 
 
-# ---- Hugging Face's tokenizer.json --------------------------------------------------------------------------------
+# ---- the tokenizer of all of them ---------------------------------------------------------------------------------
 
 
-def to_hugging_face(tokenizer: ByteBPETokenizer) -> dict[str, Any]:
-    """The contents of a tokenizer.json that Hugging Face's tokenizers read."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    specials = {number: name for name, number in tokenizer.specials.items()}
-    spelled = [_spelled(token) for token in tokenizer.tokens]
-    split = {"type": "Split", "pattern": {"Regex": HUGGING_FACE[tokenizer.pattern]}, "behavior": "Isolated"}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": number, "content": name, **flags} for number, name in sorted(specials.items())],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {**split, "invert": False}, {**byte_level, "use_regex": False},
-        ]},
-        "post_processor": None,
-        "decoder": {**byte_level, "use_regex": False},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": bool(tokenizer.whole),
-            "vocab": {**tokenizer.specials, **{spelling: i for i, spelling in enumerate(spelled) if spelling}},
-            "merges": [f"{spelled[left]} {spelled[right]}" for left, right, _ in tokenizer.merges],
-            "quire": {
-                "pattern": tokenizer.pattern,
-                "separator": specials[tokenizer.separator],
-                "padding": specials[tokenizer.padding],
-            },
-        },
-    }  # fmt: skip
+def from_spelled(
+    vocabulary: dict[str, int],
+    pairs: list[tuple[str, ...]],
+    specials: dict[str, int],
+    pattern: str,
+    where: str,
+    *,
+    every_piece: bool = False,
+    normalization: Literal["", "NFC"] = "",
+    separator: Which = None,
+    padding: Which = None,
+    vocabulary_size: int = 0,
+) -> ByteBPETokenizer:
+    """A tokenizer from tokens spelled in GPT-2's letters, the pairs of them that are merged, and special tokens.
+
+    `every_piece`: a piece that equals a token is that token, whatever the merges say. `separator` and `padding` are
+    the names or ids of tokens (None: found by their usual names); such a token becomes special if it is not.
+    `vocabulary_size`: at least so many ids, those without a token never encoded to. Raises UserError, and KeyError,
+    TypeError or ValueError where the parts are not of the kind they should be.
+    """
+    specials = dict(specials)
+    names = {number: name for name, number in [*vocabulary.items(), *specials.items()]}
+    separator, padding = (_promoted(which, names, vocabulary, specials, where) for which in (separator, padding))
+    numbers = [*vocabulary.values(), *specials.values()]
+    if "" in specials:
+        raise UserError(f"{where} is damaged: it has a special token without a name.")
+    if min(numbers) < 0 or max(numbers) > 4 * len(numbers) + 4096:
+        raise UserError(f"{where} is not a tokenizer: it has {len(numbers)} tokens and an id {max(numbers)}.")
+    if 0 < vocabulary_size <= max(numbers):
+        raise UserError(f"{where} has an id {max(numbers)}, but a vocabulary of {vocabulary_size} was asked for.")
+    if len(set(numbers)) != len({*vocabulary, *specials}):
+        raise UserError(f"{where} is damaged: two of its tokens have the same id, or a special token has two.")
+    tokens = [b""] * max(vocabulary_size, 1 + max(numbers))
+    for spelling, number in vocabulary.items():
+        if spelling not in specials:
+            tokens[number] = _bytes_of(spelling, where)
+    triples = [(vocabulary[left], vocabulary[right], vocabulary[left + right]) for left, right in pairs]
+    for left, right, both in triples:
+        if not tokens[left] or not tokens[right] or tokens[left] + tokens[right] != tokens[both]:
+            raise UserError(f"{where} is damaged: token {both} is not what tokens {left} and {right} make.")
+    whole = {token: number for number, token in enumerate(tokens) if len(token) > 1} if every_piece else {}
+    if separator is None and vocabulary_size and not any(name in specials for name in ENDS):
+        raise UserError(f"{where} has no token that ends a text. Say which one does, by its name or id.")
+    return _made(tokens, triples, specials, pattern, whole, where, separator, padding, normalization)
 
 
-def write_checked(path: Path, table: dict[str, Any]) -> None:
-    """Write what `to_hugging_face` gives, with its CRC-32 as model.quire.crc32."""
-    files.write_text(path, _checked(table))
-
-
-def read_checked(raw: bytes, where: str) -> ByteBPETokenizer:
-    """The tokenizer in a Hugging Face file, or in one of ours, where a changed byte is a UserError."""
-    table = json.loads(raw)
-    if isinstance(table["model"], dict) and (_own(table) or b'"crc32": "' in raw):  # whichever of the words is damaged
-        _own(table).pop("crc32", None)
-        if _checked(table).encode() != raw:
-            raise UserError(f"{where} is damaged: its contents do not match its checksum. Restore it from a copy.")
-    return from_hugging_face(table, where)
-
-
-def _own(table: dict[str, Any]) -> dict[str, Any]:
-    model = table.get("model")
-    own = model.get("quire") if isinstance(model, dict) else None
-    return own if isinstance(own, dict) else {}
-
-
-def _checked(table: dict[str, Any]) -> str:
-    own = {**_own(table), "crc32": files.crc32(json.dumps(table).encode())}
-    return json.dumps({**table, "model": {**table["model"], "quire": own}}, indent=1) + "\n"
-
-
-def from_hugging_face(table: dict[str, Any], where: str = "tokenizer.json") -> ByteBPETokenizer:
-    """A tokenizer from the contents of a tokenizer.json, if it holds byte-level BPE; else a UserError says what not."""
-    try:
-        model, added = table["model"], table.get("added_tokens") or []
-        if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("end_of_word_suffix"):
-            raise UserError(f"{where} holds a {model.get('type')} tokenizer that is not byte-level BPE.")
-        vocabulary = {str(spelling): int(number) for spelling, number in model["vocab"].items()}
-        specials = {str(token["content"]): int(token["id"]) for token in added}
-        pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-        own = _own(table)
-        pattern = own.get("pattern") or _pattern_of(table.get("pre_tokenizer"), where)
-        choose(f"The splitting pattern in {where}", pattern, list(IN_CORE))
-        if table.get("normalizer"):
-            raise UserError(f"{where} changes text before it is split (a normalizer), which Quire does not.")
-        numbers = [*vocabulary.values(), *specials.values()]
-        if "" in specials:
-            raise UserError(f"{where} is damaged: it has a special token without a name.")
-        if min(numbers) < 0 or max(numbers) > 4 * len(numbers) + 4096:
-            raise UserError(f"{where} is not a tokenizer.json: {len(numbers)} tokens and an id {max(numbers)}.")
-        tokens = [b""] * (1 + max(numbers))
-        for spelling, number in vocabulary.items():
-            if specials.get(spelling) != number:
-                tokens[number] = _bytes_of(spelling, where)
-        triples = [(vocabulary[left], vocabulary[right], vocabulary[left + right]) for left, right in pairs]
-        for left, right, both in triples:
-            if not tokens[left] or not tokens[right] or tokens[left] + tokens[right] != tokens[both]:
-                raise UserError(f"{where} is damaged: token {both} is not what tokens {left} and {right} make.")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
-        problem = f"it has no {error}" if isinstance(error, KeyError) else "a part of it is of the wrong kind"
-        raise UserError(f"{where} is not a tokenizer.json of byte-level BPE: {problem}.") from error
-    whole = {token: number for number, token in enumerate(tokens) if len(token) > 1}
-    whole = whole if model.get("ignore_merges") else {}
-    return _made(tokens, triples, specials, pattern, whole, where, own.get("separator"), own.get("padding"))
-
-
-def _pattern_of(pre_tokenizer: Any, where: str) -> str:
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
-    for step in steps:
-        if step["type"] == "ByteLevel" and step.get("use_regex", True) and not step.get("add_prefix_space"):
-            return "gpt2"
-        if step["type"] == "Split":
-            known = {regex: name for name, regex in HUGGING_FACE.items()}
-            if (regex := step["pattern"].get("Regex")) in known:
-                return known[regex]
-    raise UserError(f"{where} splits text in a way that is neither GPT-2's nor cl100k's, which Quire does not know.")
+def _promoted(
+    which: Which, names: dict[int, str], vocabulary: dict[str, int], specials: dict[str, int], where: str
+) -> str | None:
+    """The name of a token given by name or id, which is special from now on."""
+    if which is None:
+        return None
+    name = names.get(which) if isinstance(which, int) else which
+    number = None if name is None else specials.get(name, vocabulary.get(name))
+    if name is None or number is None:
+        raise UserError(f"{where} has no token {which!r}.")
+    specials[name] = number
+    return name
 
 
 def _made(
@@ -186,16 +136,17 @@ def _made(
     where: str,
     separator: str | None = None,
     padding: str | None = None,
+    normalization: Literal["", "NFC"] = "",
 ) -> ByteBPETokenizer:
     """The tokenizer, with a separator and a padding token found by their names; padding may be the separator."""
-    if {bytes([byte]) for byte in range(256)} - set(tokens):
+    if {bytes([byte]) for byte in range(ord(" "), ord("~") + 1)} - set(tokens):
         raise UserError(f"{where} lacks a token for some byte: it is not byte-level BPE.")
     separator = separator or next((name for name in ENDS if name in specials), None)
     if separator is None:
         specials = {**specials, SEPARATOR: len(tokens)}
         tokens, separator = [*tokens, b""], SEPARATOR
     padding = padding or next((name for name in PADS if name in specials), separator)
-    return ByteBPETokenizer(tokens, triples, specials, pattern, separator, padding, whole)
+    return ByteBPETokenizer(tokens, triples, specials, pattern, separator, padding, whole, normalization)
 
 
 # ---- tiktoken's ranks ---------------------------------------------------------------------------------------------
@@ -278,7 +229,9 @@ def read_gpt2(path: Path) -> ByteBPETokenizer:
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        pairs = [(left, right) for left, right in (line.split(" ") for line in lines[1:] if line)]
+        pairs: list[tuple[str, ...]] = [tuple(line.split(" ")) for line in lines[1:] if line]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError
     except ValueError as error:
         raise UserError(f"{path} is not a vocab.bpe: after its first line each line is a pair of tokens.") from error
     beside = path.with_name(path.name.replace("vocab.bpe", "encoder.json"))
@@ -291,6 +244,8 @@ def read_gpt2(path: Path) -> ByteBPETokenizer:
         order = sorted(range(256), key=lambda byte: (LETTERS[byte] != chr(byte), byte))
         spellings = [LETTERS[byte] for byte in order] + [left + right for left, right in pairs] + [END_OF_TEXT]
         vocabulary = {spelling: number for number, spelling in enumerate(spellings)}
-    added: Iterable[dict[str, Any]] = [{"id": vocabulary.get(END_OF_TEXT, len(vocabulary)), "content": END_OF_TEXT}]
-    model = {"type": "BPE", "vocab": vocabulary, "merges": [list(pair) for pair in pairs], "quire": {"pattern": "gpt2"}}
-    return from_hugging_face({"model": model, "added_tokens": added}, str(path))
+    end = {END_OF_TEXT: vocabulary.get(END_OF_TEXT, len(vocabulary))}
+    try:
+        return from_spelled(vocabulary, pairs, end, "gpt2", str(path))
+    except KeyError as error:
+        raise UserError(f"{path} is not a vocab.bpe: it merges {error}, which is no token.") from error

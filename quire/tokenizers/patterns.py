@@ -8,7 +8,10 @@ gpt2        a contraction ('s 't 're 've 'm 'll 'd) | a word | a number | other 
 cl100k      the same, but contractions in any case; a word takes any one character before it that is no line end,
             letter or number; a number has at most three digits; other characters take the line ends that follow;
             white space ends after its last line end, but at the end of the text is one piece
-cl100k-hf   cl100k as most files of Hugging Face have it: white space at the end of the text is split as elsewhere
+cl100k-hf   cl100k as most files of Hugging Face have it: white space at the end of the text is split as elsewhere; the
+            pattern of Llama 3
+qwen2       the same, but each digit is a piece (Qwen2, Qwen2.5, Qwen3)
+smollm      each digit is a piece, and what stands between digits is split as by gpt2 (SmolLM, SmolLM2, StarCoder)
 word        letters and numbers, with apostrophes between them | white space | any other character alone
 space       what stands between white space | white space; "</w>" is cut, so that it is never taken for an end mark
 """
@@ -24,18 +27,23 @@ _WORDS = (  # of both kinds of cl100k; U+017F, the long s, is an s in either cas
     r"'(?:[sdmtSDMT\u017f]|[lL][lL]|[vV][eE]|[rR][eE])"
     r"|[^\r\n\p{L}\p{N}]?+[\p{L}]++|[\p{N}]{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
 )
+_SPACES = r"|[\s]*[\r\n]|[\s]+(?![^\s])|[\s]"
 PATTERNS = {  # \p{L} a letter, \p{N} a number, \s white space: always within brackets, to be filled from the tables
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}]++| ?[\p{N}]++| ?[^\s\p{L}\p{N}]++|[\s]+(?![^\s])|[\s]",
     "cl100k": _WORDS + r"|[\s]++\Z|[\s]*[\r\n]|[\s]+(?![^\s])|[\s]",
-    "cl100k-hf": _WORDS + r"|[\s]*[\r\n]|[\s]+(?![^\s])|[\s]",
+    "cl100k-hf": _WORDS + _SPACES,
+    "qwen2": _WORDS.replace("{1,3}+", "") + _SPACES,
+    "smollm": r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}]++|[\p{N}]| ?[^\s\p{L}\p{N}]++|[\s]+(?![^\s\p{N}])|[\s]",
     "word": r"[\p{L}\p{N}]++(?:['\u2019][\p{L}\p{N}]++)*+|[\s]++|[^\s\p{L}\p{N}]",
     "space": r"(?:(?!</w>)[^\s])++|<|[\s]++",
 }
-HUGGING_FACE = {  # the same in the spelling of Hugging Face's files
+HUGGING_FACE = {  # the same in the spelling of Hugging Face's files, but for smollm, which they spell in two steps
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "cl100k": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s+\z|\s*[\r\n]+|\s+(?!\S)|\s+",
     "cl100k-hf": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 CLASS_OF = {"LETTERS": 1, "NUMBERS": 2, "SPACES": 3}  # everything else is 0

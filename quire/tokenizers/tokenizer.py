@@ -89,8 +89,18 @@ class Tokenizer:
             )
         ids: list[int] = []
         for index, part in enumerate(self._special_pattern().split(text)):  # text, special, text, special ... text
-            ids += [self.specials[part]] if index % 2 else self.encode_array(part, unknown).tolist()
+            if index % 2:
+                ids.append(self.specials[part])
+            else:
+                ids += (self._encode_after_special if index else self.encode_array)(part, unknown).tolist()
         return ids
+
+    def encode_more(self, text: str, unknown: Unknown = "error") -> np.ndarray:
+        """The ids of a text that goes on where another one was cut, at a `cut_place`."""
+        return self.encode_array(text, unknown)
+
+    def _encode_after_special(self, text: str, unknown: Unknown) -> np.ndarray:
+        return self.encode_array(text, unknown)
 
     def _special_pattern(self) -> re.Pattern[str]:
         names = sorted(self.specials, key=len, reverse=True)  # the longest wins
@@ -100,8 +110,8 @@ class Tokenizer:
         """The text of `ids`; special tokens have none."""
         raise NotImplementedError
 
-    def decoder(self) -> "Decoder":
-        """A decoder for a stream of ids, which shows no half a character."""
+    def decoder(self, after: Sequence[int] = ()) -> "Decoder":
+        """A decoder for a stream of ids that follow those of `after`; it shows no half a character."""
         return Decoder(self)
 
     def name(self, token: int) -> str:
@@ -175,7 +185,7 @@ class BytesTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    def decoder(self) -> Decoder:
+    def decoder(self, after: Sequence[int] = ()) -> Decoder:
         return BytesDecoder(self)
 
     def name(self, token: int) -> str:

@@ -9,7 +9,8 @@ import tokenizers
 
 from quire.errors import UserError
 from quire.tokenizers import ByteBPETokenizer, load_tokenizer
-from quire.tokenizers.formats import LETTERS, from_hugging_face, from_ranks, write_ranks
+from quire.tokenizers.formats import LETTERS, from_ranks, write_ranks
+from quire.tokenizers.hugging_face import from_hugging_face
 from quire.tokenizers.tokenizer import PADDING, SEPARATOR
 
 
@@ -206,16 +207,16 @@ def changed(table: dict, **model: object) -> dict:
 
 def damaged_tables(good: dict) -> dict[str, tuple[object, str]]:
     vocabulary, merges = good["model"]["vocab"], good["model"]["merges"]
-    incomplete = {spelling: number for spelling, number in vocabulary.items() if spelling != "é"}
+    incomplete = {spelling: number for spelling, number in vocabulary.items() if spelling != "~"}
     first_made = next(spelling for spelling, number in vocabulary.items() if number == 256)
     split = good["pre_tokenizer"]["pretokenizers"][0]
     return {
         "WordPiece": (changed(good, type="WordPiece"), "WordPiece tokenizer that is not byte-level BPE"),
-        "SentencePiece": (changed(good, byte_fallback=True), "not byte-level BPE"),
+        "SentencePiece": (changed(good, byte_fallback=True), "for SentencePiece's tokens in a way"),
         "end marks": (changed(good, end_of_word_suffix="</w>"), "not byte-level BPE"),
         "no vocabulary": (changed(good, vocab={}), "not a tokenizer"),
         "a list for a vocabulary": (changed(good, vocab=[["a", 1]]), "not a tokenizer"),
-        "a letter of no byte": (changed(good, vocab={**vocabulary, "森": 399}), "not spelled in GPT-2's letters"),
+        "a letter of no byte": (changed(good, vocab={**vocabulary, "森": 400}), "not spelled in GPT-2's letters"),
         "a byte without a token": (changed(good, vocab=incomplete), "lacks|not a"),
         "an id below 0": (changed(good, vocab={**vocabulary, "zzzz": -3}), "not a tokenizer"),
         "an id beyond memory": (changed(good, vocab={**vocabulary, "zzzz": 10**15}), "not a tokenizer"),
@@ -236,7 +237,7 @@ def damaged_tables(good: dict) -> dict[str, tuple[object, str]]:
         "a prefix space": (
             {**changed(good), "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "neither GPT-2's"
         ),
-        "a normalizer": ({**changed(good), "normalizer": {"type": "NFC"}}, "a normalizer"),
+        "a normalizer": ({**changed(good), "normalizer": {"type": "NFKC"}}, "a normalizer: NFKC"),
         "specials that are none": ({**changed(good), "added_tokens": ["<eos>"]}, "not a tokenizer"),
         "a special without a name": ({**changed(good), "added_tokens": [{"id": 3, "content": ""}]}, "special"),
         "no model": ({**good, "model": None}, "not a tokenizer"),
