@@ -59,9 +59,7 @@ class Writer:
         self.device = choose_device(device) if isinstance(device, str) else device
         self.tokenizer = run.tokenizer
         self.start = run.start_token()
-        # No special token is ever written but the separator, and that only where training had it as a target.
-        trained = {self.tokenizer.separator} if run.manifest["separators"] > 1 else set()
-        self.never = sorted(self.tokenizer.reserved() - trained)
+        self.never = run.never_written()
         self.model = model if model is not None else run.model(self.device)
 
     def write(self, prompts: Sequence[str], settings: GenerationSettings) -> list[Sample]:
