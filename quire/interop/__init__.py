@@ -28,9 +28,8 @@ EXPORTERS: dict[str, Callable[[Run, Path, str], None]] = {
     "json": json_file.write,
 }
 
-KINDS = (
-    "a Hugging Face folder, a .gguf file, a llama2.c .bin file or Quire's own .json"
-)  # what can be imported, for sentences
+# What can be imported, for sentences.
+KINDS = "a Hugging Face folder, a .gguf file, a llama2.c .bin file or Quire's own .json"
 
 
 def import_model(

@@ -187,7 +187,7 @@ class Tensors:
         self.file: dict[str, Path] = {}
         for file in self.files:
             with self._opened(file) as opened:
-                for name in opened.keys():  # noqa: SIM118: it is no dictionary
+                for name in list(opened.keys()):
                     part = opened.get_slice(name)
                     if part.get_dtype() not in READ:
                         raise UserError(
@@ -236,7 +236,7 @@ class Tensors:
         }
 
     def checked(self, wanted: list[Place]) -> Iterator[tuple[str, Tensor]]:
-        """The weights by our names in float32; first a UserError names a tensor that is missing, unknown or misshapen."""
+        """The weights by our names in float32. A UserError names a tensor that is missing, unknown or misshapen."""
         inner = {place.theirs.partition(".")[2]: place.theirs for place in wanted if not place.theirs.startswith("lm_")}
         # A model saved without its head has names without the first part; that of the published GPT-2 is one.
         names = {inner.get(name, name): name for name in self.shapes}

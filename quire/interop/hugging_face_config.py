@@ -272,7 +272,7 @@ def gpt2_config(settings: Any) -> Table:
         "n_inner": settings.feedforward_size or 4 * settings.embedding_size,
         "activation_function": curves[settings.feedforward],
         "layer_norm_epsilon": settings.norm_epsilon,
-        **{name: settings.dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout),
     }
 
 

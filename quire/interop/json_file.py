@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quire import checkpoint, files
+from quire import files
 from quire.config import Table, from_table, to_table
 from quire.errors import UserError, choose
 from quire.interop.imported import Foreign, gigabytes
@@ -62,7 +62,9 @@ def write(run: Run, out: Path, weights: str = "") -> None:
     for name, _, parameters, _ in layers:
         for own, tensor in parameters.items():
             if not bool(torch.isfinite(tensor).all()):
-                raise UserError(f"{run.path}: {name}.{own} has numbers that are not finite, for which JSON has no words.")
+                raise UserError(
+                    f"{run.path}: {name}.{own} is not finite everywhere; JSON has no such numbers."
+                )
     count = sum(tensor.numel() for _, _, parameters, _ in layers for tensor in parameters.values())
     if count * BYTES > 100e6:
         say(f"{count:,} numbers as text: about {gigabytes(count * BYTES)}.")
@@ -118,7 +120,9 @@ def read(path: Path, tokenizer: Path | None = None) -> Foreign:
         raise UserError(f"{path} is no model: its format is {table.get('format')!r}, and not {FORMAT!r}.")
     settings, separators, prefix = (table.get(name) for name in ("settings", "separators", "prompt_prefix"))
     if not isinstance(settings, dict) or not isinstance(separators, int) or not isinstance(prefix, list):
-        raise UserError(f"{path} is damaged: its settings, separators or prompt_prefix are missing, or not of their kind.")
+        raise UserError(
+            f"{path} is damaged: its settings, separators or prompt_prefix are not as they should be."
+        )
     kind = choose(f"The model kind in {path}", str(settings.get("kind")), list(MODELS))
     model = empty_model(from_table(MODELS[kind].Settings, settings, f"{path}: settings"), torch.device("cpu"))
     found = checked_layers(path, table.get("layers"), layers_of(model))
