@@ -111,7 +111,12 @@ class Run:
         return np.frombuffer(data, dtype=token_type(self.tokenizer.vocabulary_size))
 
     def start_token(self) -> int:
-        """What an empty prompt starts from: the separator where training met it at least 100 times, else a newline."""
+        """What an empty prompt starts from: the separator where training met it at least 100 times, else a newline.
+
+        An imported model may name a token of its own for it.
+        """
+        if "start_token" in self.manifest:
+            return self.manifest["start_token"]
         newline = self.tokenizer.encode("\n", unknown="skip")
         return newline[0] if newline and self.manifest["separators"] < 100 else self.tokenizer.separator
 

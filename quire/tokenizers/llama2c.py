@@ -17,7 +17,7 @@ FIRST_BYTE, SMALLEST = 3, 3 + 256
 def read_llama2c(path: Path, vocabulary_size: int = 0) -> SentencePieceTokenizer:
     """The tokenizer in a file of llama2.c; `vocabulary_size` is what the model's header says (0: not known).
 
-    Texts there begin with <s>, id 1. A UserError says in what way a file is none.
+    Texts there begin with <s>, id 1, which is the separator. A UserError says in what way a file is none.
     """
     try:
         data = path.read_bytes()
@@ -31,7 +31,8 @@ def read_llama2c(path: Path, vocabulary_size: int = 0) -> SentencePieceTokenizer
         raise UserError(f"{path} is no tokenizer of llama2.c: it does not begin with <unk> and the tokens for bytes.")
     pieces[:FIRST_BYTE] = SPECIALS
     spelled = [piece.replace(" ", SPACE) for piece in pieces]
-    return from_pieces(spelled, SPECIALS, str(path), separator="</s>", scores=scores, unknown_token="<unk>")
+    # What stands before a text also ends the one before it: llama2.c's own models were trained so, without </s>.
+    return from_pieces(spelled, SPECIALS, str(path), separator="<s>", scores=scores, unknown_token="<unk>")
 
 
 def _pieces(data: bytes, path: Path) -> tuple[list[str], list[float]]:
