@@ -205,5 +205,5 @@ def test_every_preset_is_a_partial_configuration_without_a_mistake(name):
     settings = typed(table)
     for part, values in table.items():
         for key, value in values.items():
-            assert getattr(getattr(settings, part), key) == value
+            assert to_table(getattr(settings, part))[key] == value
     assert sum(bool(getattr(settings.training, length)) for length in LENGTHS) == 1

@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "write a run's model for another program: quire export RUN --to gguf --out FILE",
     "tokenizer": "train a tokenizer, encode and decode with one, compare several on a text",
     "runs": "list the runs below a folder",
+    "models": "list the kinds of model and their presets: parameters, memory, arithmetic",
     "corpora": "list the texts known by name",
     "doctor": "what this machine has, and what is missing",
 }

@@ -1,6 +1,6 @@
 """How a model is trained, and how presets, files and flags come together."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -102,8 +102,8 @@ class Settings:
 def layered(preset_name: str, file: str | Path | None = None, flags: Table | None = None) -> Table:
     """The tables of a preset, a configuration file and flags, each over the one before.
 
-    A length given by a later one replaces whichever length an earlier one gave; another kind of model keeps only
-    those settings that every kind has.
+    A length given by a later one replaces whichever length an earlier one gave; another kind of model keeps those
+    settings that it has too.
     """
     table = preset(preset_name)
     for over in (sections(read_toml(Path(file))) if file else {}, flags or {}):
@@ -112,7 +112,8 @@ def layered(preset_name: str, file: str | Path | None = None, flags: Table | Non
             table = merged(table, {"training": dict.fromkeys(LENGTHS, 0)})
         model = table.get("model", {})
         if (kind := over.get("model", {}).get("kind")) and kind != model.get("kind", ModelSettings.kind):
-            table["model"] = {name: value for name, value in model.items() if hasattr(ModelSettings, name)}
+            known = {setting.name for setting in fields(MODELS[choose("--model.kind", kind, list(MODELS))].Settings)}
+            table["model"] = {name: value for name, value in model.items() if name in known}
         table = merged(table, over)
     return table
 

@@ -17,7 +17,6 @@ from quire.generation.stream import tokens
 from quire.layers.cross_entropy import IGNORED
 from quire.layers.layer import Layer, recording
 from quire.models.gpt import GPT, GPTSettings
-from quire.training.settings import layered, typed
 
 CPU = torch.device("cpu")
 
@@ -204,12 +203,6 @@ def test_qwen3_of_transformers(tied, heads, kv_heads, head_size, base):
     )  # fmt: skip
     theirs = qwen3(settings)
     logits_agree(from_qwen3(settings, theirs), theirs, 31, 20)
-
-
-def test_the_default_model_has_qwen3_s_shape():
-    settings = typed(layered("default")).with_model(vocabulary_size=87).model
-    theirs = qwen3(settings)
-    logits_agree(from_qwen3(settings, theirs), theirs, 87, settings.context_length)
 
 
 # ---- the cache ----

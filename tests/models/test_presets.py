@@ -74,5 +74,4 @@ def test_the_other_shapes_the_presets_promise():
     vaswani = typed(layered("vaswani-decoder")).model
     assert (vaswani.positions, vaswani.norm_placement, vaswani.feedforward) == ("sinusoidal", "post", "relu")
     default = typed(layered("default")).model  # what Qwen3ForCausalLM can load
-    assert (default.positions, default.normalization, default.feedforward) == ("rotary", "rmsnorm", "swiglu")
-    assert (default.qk_norm, default.bias, default.norm_placement) == (True, False, "pre")
+    assert (default.kind, default.qk_norm, default.qkv_bias, default.window) == ("modern", True, False, 0)
