@@ -18,12 +18,13 @@ from torch import Tensor
 from quire import checkpoint, files
 from quire.config import Table, from_table
 from quire.errors import UserError
-from quire.interop.hugging_face_config import SUPPORTED, Config, config_of, family_of, settings_of
+from quire.interop.hugging_face_config import BIASED, SUPPORTED, Config, config_of, family_for, family_of, settings_of
 from quire.interop.imported import Foreign
 from quire.models import MODELS
 from quire.progress import say
 from quire.run import Run
-from quire.tokenizers.hugging_face import read_hugging_face, to_hugging_face
+from quire.tokenizers.byte_bpe import ByteBPETokenizer
+from quire.tokenizers.hugging_face import read_hugging_face, to_hugging_face, write_checked
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 READ = {"F32": 4, "F16": 2, "BF16": 2}  # how numbers may be stored
@@ -61,7 +62,7 @@ def modern_places(settings: Any, family: str) -> Iterator[Place]:
     size, hidden = settings.embedding_size, settings.feedforward_size or 4 * settings.embedding_size
     queries = settings.heads * settings.head_channels  # H D
     keys = (settings.kv_heads or settings.heads) * settings.head_channels  # K D
-    biased = family == "qwen2"
+    biased = family == "qwen2" or getattr(settings, "qkv_bias", False)
     yield Place("model.embed_tokens.weight", ("token_embedding.weight",), (settings.vocabulary_size, size))
     for layer in range(settings.layers):
         there, here = f"model.layers.{layer}.", f"blocks.{layer}."
@@ -70,6 +71,8 @@ def modern_places(settings: Any, family: str) -> Iterator[Place]:
         yield from linear(f"{there}self_attn.k_proj", [f"{here}attention.key"], keys, size, biased)
         yield from linear(f"{there}self_attn.v_proj", [f"{here}attention.value"], keys, size, biased)
         yield from linear(f"{there}self_attn.o_proj", [f"{here}attention.output"], size, queries, False)
+        if biased and family in BIASED:
+            yield Place(f"{there}self_attn.o_proj.bias", (f"{here}attention.output.bias",), (size,))
         if settings.qk_norm:
             for name, ours in (("q_norm", "query_norm"), ("k_norm", "key_norm")):
                 ours = f"{here}attention.{ours}.weight"
@@ -262,6 +265,13 @@ class Tensors:
             name = names[place.theirs]
             with self._opened(self.file[name]) as opened:
                 tensor = opened.get_tensor(name).float()
+            if place.theirs.endswith("o_proj.bias"):
+                if tensor.any():
+                    raise UserError(
+                        f"{self.path}: its tensor {place.theirs} is not zero. Quire's models have attention_bias on"
+                        " queries, keys and values alone."
+                    )
+                continue
             tensor = tensor.T if place.turned else tensor
             yield from zip(place.ours, tensor.chunk(len(place.ours)))
 
@@ -282,7 +292,10 @@ def write(run: Run, out: Path, weights: str = "") -> None:
         "eos_token_id": tokenizer.separator,
         "pad_token_id": tokenizer.padding,
     }
-    config = config_of(settings, ends)
+    qwen2 = isinstance(tokenizer, ByteBPETokenizer) and tokenizer.pattern == "qwen2" and not tokenizer.whole
+    qwen2 = qwen2 and tokenizer.normalization == "NFC" and not prefix
+    family = family_for(settings, qwen2)
+    config = config_of(settings, family, ends)
     vocabulary = to_hugging_face(tokenizer, prefix)
     never = run.never_written()
     generation = {**ends, **({"suppress_tokens": never} if never else {})}
@@ -295,14 +308,12 @@ def write(run: Run, out: Path, weights: str = "") -> None:
     if "chat_template" in run.manifest:
         words["chat_template"] = run.manifest["chat_template"]
     own = checkpoint.model_tensors(run.model("cpu"))
-    tensors = {place.theirs: joined(place, own) for place in places(config["model_type"], settings)}
+    tensors = {place.theirs: joined(place, own) for place in places(family, settings)}
 
     def store(folder: Path) -> None:
         checkpoint.write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-        contents = {
-            "tokenizer.json": vocabulary, "tokenizer_config.json": words, "generation_config.json": generation,
-            CONFIG: config,
-        }  # fmt: skip
+        write_checked(folder / "tokenizer.json", vocabulary)
+        contents = {"tokenizer_config.json": words, "generation_config.json": generation, CONFIG: config}
         for name, table in contents.items():
             files.write_text(folder / name, json.dumps(table, indent=2) + "\n")
 

@@ -1,7 +1,7 @@
 """config.json of Hugging Face's transformers: what it says of a model, in Quire's settings, and back.
 
-The families, by their model_type: gpt2, llama (SmolLM2 is one), mistral, qwen2, qwen3. What any of them may say and
-Quire's models lack is refused by name.
+The families, by their model_type: gpt2, llama (SmolLM2 is one), mistral, ministral (mistral whose layers differ), qwen2,
+qwen3. What any of them may say and Quire's models lack is refused by name.
 """
 
 import math
@@ -14,6 +14,7 @@ FAMILIES = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "ministral": "MinistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
@@ -25,15 +26,17 @@ ONLY: dict[str, Table] = {
     "gpt2": {
         "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
     },
-    "llama": {"attention_bias": (False,), **MODERN_ONLY},
+    "llama": MODERN_ONLY,
     "mistral": {"layer_types": (None,), **MODERN_ONLY},
     "qwen2": MODERN_ONLY,
-    "qwen3": {"attention_bias": (False,), **MODERN_ONLY},
+    "ministral": MODERN_ONLY,
+    "qwen3": MODERN_ONLY,
 }  # fmt: skip
 ACTIVATIONS = {  # theirs and ours
     "gelu_new": "gelu-tanh", "gelu_pytorch_tanh": "gelu-tanh", "gelu": "gelu", "relu": "relu", "relu2": "squared-relu",
 }  # fmt: skip
 SCALINGS = ("default", "linear", "llama3", "yarn")
+BIASED = ("llama", "qwen3")  # attention_bias gives these biases on the output too, which in Quire's can but be zero
 KINDS = {"full_attention": "full", "sliding_attention": "window"}  # of attention, theirs and ours
 
 
@@ -105,7 +108,7 @@ def modern_settings(config: Config, family: str) -> Table:
     """Those of a Llama, Mistral or Qwen."""
     heads = config.get("num_attention_heads", int)
     # Where nothing is said, transformers fills these in: Llama has as many key heads as heads, the others a number.
-    kv_heads = config.get("num_key_value_heads", int, {"llama": heads, "mistral": 8}.get(family, 32))
+    kv_heads = config.get("num_key_value_heads", int, {"llama": heads, "mistral": 8, "ministral": 8}.get(family, 32))
     layers, context = config.get("num_hidden_layers", int), config.get("max_position_embeddings", int)
     return {
         "kind": "modern",
@@ -118,7 +121,7 @@ def modern_settings(config: Config, family: str) -> Table:
         "feedforward_size": config.get("intermediate_size", int),
         "norm_epsilon": config.get("rms_norm_eps", float, 1e-6),
         "tied": config.get("tie_word_embeddings", bool, False),
-        "qkv_bias": family == "qwen2",
+        "qkv_bias": family == "qwen2" or (family in BIASED and config.get("attention_bias", bool, False)),
         "qk_norm": family == "qwen3",
         **rotary(config, context),
         **attention(config, family, layers),
@@ -128,11 +131,12 @@ def modern_settings(config: Config, family: str) -> Table:
 def attention(config: Config, family: str, layers: int) -> Table:
     """What each layer looks at: the kind and those settings that are not the usual ones."""
     window = config.get("sliding_window", int, 0)
-    if family == "mistral" and "sliding_window" not in config.table:
+    if family in ("mistral", "ministral") and "sliding_window" not in config.table:
         window = 4096
-    if family == "llama" or (family != "mistral" and not config.get("use_sliding_window", bool, False)) or window == 0:
+    switched = family in ("qwen2", "qwen3")
+    if family == "llama" or (switched and not config.get("use_sliding_window", bool, False)) or window == 0:
         return {}
-    first = 0 if family == "mistral" else config.get("max_window_layers", int, 28)
+    first = config.get("max_window_layers", int, 28) if switched else 0
     usual = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
     named = config.get("layer_types", list, usual)
     if len(named) != layers or not set(named) <= set(KINDS):
@@ -195,19 +199,29 @@ TAKES = (
 )
 
 
-def family_for(settings: Any) -> str:
-    """The family that has just the parts of a model; a UserError names the setting that none has."""
+def family_for(settings: Any, splits_as_qwen2: bool = False) -> str:
+    """The family that has just the parts of a model; a UserError names the setting that none has.
+
+    `splits_as_qwen2` says that the tokenizer is one of Qwen2's kind: transformers takes any of a qwen2 model for one.
+    """
     if problem := obstacle(settings):
         raise UserError(f"No family of Hugging Face's that Quire knows fits this model: {problem}. {TAKES}")
     if settings.kind == "gpt" and settings.positions == "learned":
         return "gpt2"
     if settings.qk_norm:
         return "qwen3"
-    kinds = set(kinds_of(settings))
-    if getattr(settings, "qkv_bias", False) or len(kinds) == 2:
-        return "qwen2"  # where layers differ but have no biases, with biases of zero
+    kinds, biased = set(kinds_of(settings)), getattr(settings, "qkv_bias", False)
+    if biased and splits_as_qwen2:
+        return "qwen2"
     # transformers refuses a Llama whose embedding is no multiple of its heads; a Mistral is the same model
-    return "llama" if kinds == {"full"} and settings.embedding_size % settings.heads == 0 else "mistral"
+    if kinds == {"full"} and settings.embedding_size % settings.heads == 0:
+        return "llama"
+    if biased:
+        raise UserError(
+            "With qkv_bias this model is a Qwen2, and transformers reads every Qwen2's text as its own tokenizer splits"
+            f" it: import one with such a tokenizer, or train without qkv_bias. {TAKES}"
+        )
+    return "ministral" if len(kinds) == 2 else "mistral"
 
 
 GPT2_SHAPE = {"normalization": "layernorm", "norm_placement": "pre", "qk_norm": False}
@@ -217,9 +231,8 @@ ROTARY_SHAPE = {"normalization": "rmsnorm", "norm_placement": "pre", "feedforwar
 def obstacle(settings: Any) -> str | None:
     """The first setting of a model that has no counterpart, in words."""
     if settings.kind in ("modern", "sparse"):
-        if other := set(getattr(settings, "attention", ())) - {"full", "window"}:
-            return f"its attention has layers that are {' and '.join(sorted(other))}"
-        return "it has both qk_norm and qkv_bias" if settings.qk_norm and settings.qkv_bias else None
+        other = set(getattr(settings, "attention", ())) - {"full", "window"}
+        return f"its attention has layers that are {' and '.join(sorted(other))}" if other else None
     if settings.kind != "gpt":
         return f"its kind is {settings.kind}"
     if settings.positions == "sinusoidal":
@@ -245,9 +258,8 @@ def kinds_of(settings: Any) -> list[str]:
     return [by_turns[layer % len(by_turns)] for layer in range(settings.layers)]
 
 
-def config_of(settings: Any, ends: Table) -> Table:
+def config_of(settings: Any, family: str, ends: Table) -> Table:
     """The contents of config.json; `ends` are the ids of special tokens by their names there."""
-    family = family_for(settings)
     return {
         "architectures": [FAMILIES[family]],
         "model_type": family,
@@ -293,6 +305,7 @@ def modern_config(settings: Any, family: str) -> Table:
         "rope_theta": settings.rotary_base,
         "rope_scaling": scaling or None,
         "rope_parameters": {"rope_type": "default", "rope_theta": settings.rotary_base, **scaling},
+        **({"attention_bias": getattr(settings, "qkv_bias", False)} if family in BIASED else {}),
         **window_of(settings, family),
     }
 
@@ -302,7 +315,7 @@ def window_of(settings: Any, family: str) -> Table:
     kinds = kinds_of(settings)
     window = settings.window if "window" in kinds else None
     if family in ("llama", "mistral"):
-        return {"attention_bias": False, "mlp_bias": False} if family == "llama" else {"sliding_window": window}
+        return {"mlp_bias": False} if family == "llama" else {"sliding_window": window}
     names = {ours: theirs for theirs, ours in KINDS.items()}
     return {
         "use_sliding_window": window is not None,

@@ -26,7 +26,7 @@ from quire.models import MODELS
 from quire.models.decoder import Decoder
 from quire.progress import say
 from quire.run import Run
-from quire.tokenizers.hugging_face import WRITERS, to_hugging_face
+from quire.tokenizers.hugging_face import WRITERS, to_hugging_face, write_checked
 
 MODEL, ABOUT = "model.onnx", "quire.json"
 CLOSE = 1e-4  # how far logits may be from ours
@@ -105,8 +105,7 @@ def write(run: Run, out: Path, weights: str = "") -> None:
             files.write_by(folder / MODEL, lambda new: exported(model, new))
         checked(folder / MODEL, model)
         if foreign:
-            table = to_hugging_face(tokenizer, run.prompt_prefix())
-            files.write_text(folder / "tokenizer.json", json.dumps(table, indent=1) + "\n")
+            write_checked(folder / "tokenizer.json", to_hugging_face(tokenizer, run.prompt_prefix()))
         else:
             tokenizer.save(folder / "tokenizer.json")
         files.write_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
