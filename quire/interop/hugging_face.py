@@ -23,6 +23,7 @@ from quire.interop.imported import Foreign
 from quire.models import MODELS
 from quire.progress import say
 from quire.run import Run
+from quire.tokenizers import Tokenizer
 from quire.tokenizers.byte_bpe import ByteBPETokenizer
 from quire.tokenizers.hugging_face import read_hugging_face, to_hugging_face, write_checked
 
@@ -292,9 +293,7 @@ def write(run: Run, out: Path, weights: str = "") -> None:
         "eos_token_id": tokenizer.separator,
         "pad_token_id": tokenizer.padding,
     }
-    qwen2 = isinstance(tokenizer, ByteBPETokenizer) and tokenizer.pattern == "qwen2" and not tokenizer.whole
-    qwen2 = qwen2 and tokenizer.normalization == "NFC" and not prefix
-    family = family_for(settings, qwen2)
+    family = family_for(settings, splits_as_qwen2(tokenizer) and not prefix)
     config = config_of(settings, family, ends)
     vocabulary = to_hugging_face(tokenizer, prefix)
     never = run.never_written()
@@ -320,6 +319,13 @@ def write(run: Run, out: Path, weights: str = "") -> None:
     files.replace_folder(out, store)
     if settings.separate_documents:
         say("In this model no document sees another; other programs do not know: give them one document at a time.")
+
+
+def splits_as_qwen2(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer is of Qwen2's kind, in all but its vocabulary."""
+    if not isinstance(tokenizer, ByteBPETokenizer) or tokenizer.whole:
+        return False
+    return tokenizer.pattern == "qwen2" and tokenizer.normalization == "NFC"
 
 
 def joined(place: Place, own: dict[str, Tensor]) -> Tensor:

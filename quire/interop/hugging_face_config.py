@@ -1,7 +1,7 @@
 """config.json of Hugging Face's transformers: what it says of a model, in Quire's settings, and back.
 
-The families, by their model_type: gpt2, llama (SmolLM2 is one), mistral, ministral (mistral whose layers differ), qwen2,
-qwen3. What any of them may say and Quire's models lack is refused by name.
+The families, by their model_type: gpt2, llama (SmolLM2 is one), mistral, ministral (a mistral whose layers differ),
+qwen2, qwen3. What any of them may say and Quire's models lack is refused by name.
 """
 
 import math

@@ -130,7 +130,8 @@ def test_a_tokenizer_that_no_other_program_has_is_refused_with_what_to_use(kind,
 def test_a_trained_run_goes_out_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "more.txt").write_text(TEXT)
     run = quire.train(
-        str(tmp_path / "more.txt"), run=tmp_path / "new", preset="gpt2", steps=3, tokenizer="byte-bpe", vocabulary_size=300,
+        str(tmp_path / "more.txt"), run=tmp_path / "new", preset="gpt2", steps=3, tokenizer="byte-bpe",
+        vocabulary_size=300,
         model={"layers": 1, "heads": 2, "embedding_size": 16, "context_length": 32}, device="cpu",
     )  # fmt: skip
     export_model(run, "hf", tmp_path / "out")
