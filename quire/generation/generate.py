@@ -23,6 +23,7 @@ class GenerationSettings(SamplingSettings):
     seed: int = 1337  # of the random numbers
     stop: tuple[str, ...] = ()  # end before the first of these strings
     unknown: Unknown = "error"  # prompt characters outside the vocabulary: refuse, skip or replace them
+    special: Literal["text", "token"] = "text"  # <|name|> in a prompt: plain text, or the special token of that name
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +60,9 @@ class Writer:
         self.device = choose_device(device) if isinstance(device, str) else device
         self.tokenizer = run.tokenizer
         self.start = run.start_token()
-        self.never = run.never_written()
+        # No special token is ever written but the separator, and that only where training had it as a target.
+        trained = {self.tokenizer.separator} if run.manifest["separators"] > 1 else set()
+        self.never = sorted(self.tokenizer.reserved() - trained)
         self.model = model if model is not None else run.model(self.device)
 
     def write(self, prompts: Sequence[str], settings: GenerationSettings) -> list[Sample]:
@@ -83,7 +86,9 @@ class Writer:
 
     def steps(self, prompts: Sequence[str], settings: GenerationSettings, samples: list[Sample]) -> Iterator[None]:
         """Fill `samples` one token at a time, until each is complete."""
-        starts = [self.tokenizer.encode(prompt, settings.unknown, "text") or [self.start] for prompt in prompts]
+        starts = [
+            self.tokenizer.encode(prompt, settings.unknown, settings.special) or [self.start] for prompt in prompts
+        ]
         starts = [start for start in starts for _ in range(settings.samples)]
         samples.extend(Sample() for _ in starts)
         generators = [torch.Generator().manual_seed(settings.seed + i % settings.samples) for i in range(len(starts))]
