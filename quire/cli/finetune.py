@@ -32,6 +32,7 @@ class Arguments:
 
     base: RunPath  # the run whose model is taken; it stays as it is
     run: str = ""  # the new run directory; without it runs/NAME after the first text
+    context_length: int = 0  # tokens the new run reads at once; 0: as RUN, but at most 512 of an imported model
     json: Switch = False  # print one JSON object on standard output at the end, and nothing else there
     training: OmitArgPrefixes[StagedSettings] = field(default_factory=StagedSettings)
     data: OmitArgPrefixes[NewTextSettings] = field(default_factory=NewTextSettings)
@@ -49,5 +50,6 @@ def run(words: list[str]) -> int:
     default = Arguments(base=words[0], training=StagedSettings(**vars(start.training)), data=text)
     given = parse(Arguments, words, "finetune", default)
     settings = Settings(DataSettings(**vars(given.data)), start.model, TrainingSettings(**vars(given.training)))
-    trained = finetune_run(base, settings, Path(given.run) if given.run else None, BEGAN)
+    path = Path(given.run) if given.run else None
+    trained = finetune_run(base, settings, path, BEGAN, given.context_length)
     return show_ending(trained, given.json)

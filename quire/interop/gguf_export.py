@@ -71,8 +71,8 @@ def architecture_of(settings: Any) -> str:
     """The architecture of llama.cpp that has just the parts of a model; a UserError names what none has."""
     if problem := obstacle(settings):
         raise UserError(
-            f"GGUF has no words for this model: {problem}. It takes models of kind modern, and of kind gpt in the shape"
-            " of GPT-2 (--preset gpt2) or Qwen3 (--preset default)."
+            f"GGUF has no words for this model: {problem}. It takes models of kind modern (--preset default), and of"
+            " kind gpt in the shape of GPT-2 (--preset gpt2) or Qwen3."
         )
     if settings.kind == "gpt" and settings.positions == "learned":
         return "gpt2"

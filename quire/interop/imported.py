@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +20,6 @@ from quire.progress import bar, say
 from quire.run import Run, empty_model, refuse_existing
 from quire.tokenizers import Tokenizer
 from quire.training.settings import TrainingSettings
-
-WINDOW = 512  # tokens: fine-tuning takes windows no longer than this, where the context is long
 
 # Nothing is known of its training but that the separator ended its texts: as often as Run.start_token() asks for.
 SEPARATORS = 100
@@ -78,13 +76,16 @@ def create(foreign: Foreign, path: Path, context_length: int = 0) -> Run:
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     check_room(path, size)
     fill(model, foreign)
-    config = {"model": to_table(typed), "training": to_table(training_settings(foreign, typed.context_length))}
+    config = {"model": to_table(typed), "training": to_table(training_settings(foreign))}
     tensors = checkpoint.model_tensors(model)
 
     def write(folder: Path) -> None:
         Run.create(folder, config, foreign.tokenizer, manifest(foreign), None, {}, tensors)
 
-    files.replace_folder(path, write)
+    try:
+        files.replace_folder(path, write)
+    finally:
+        shutil.rmtree(files.beside(path), ignore_errors=True)  # there only where something failed
     return Run(path)
 
 
@@ -146,12 +147,11 @@ def fill(model: torch.nn.Module, foreign: Foreign) -> None:
         raise UserError(f"{where} is incomplete: it lacks {', '.join(sorted(own)[:5])}.")
 
 
-def training_settings(foreign: Foreign, context_length: int) -> TrainingSettings:
-    """What fine-tuning starts from (with a quarter of the learning rate): gentle, few and short windows at once."""
-    settings = TrainingSettings(
+def training_settings(foreign: Foreign) -> TrainingSettings:
+    """What fine-tuning starts from (with a quarter of the learning rate): gentle, and few windows at once."""
+    return TrainingSettings(
         tokenizer=foreign.tokenizer.kind, batch_size=4, learning_rate=2e-4, weight_decay=0.01, warmup_steps=20
     )
-    return replace(settings, curriculum=(f"1:{WINDOW}",)) if context_length > WINDOW else settings
 
 
 def manifest(foreign: Foreign) -> Table:

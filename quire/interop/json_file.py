@@ -62,9 +62,7 @@ def write(run: Run, out: Path, weights: str = "") -> None:
     for name, _, parameters, _ in layers:
         for own, tensor in parameters.items():
             if not bool(torch.isfinite(tensor).all()):
-                raise UserError(
-                    f"{run.path}: {name}.{own} is not finite everywhere; JSON has no such numbers."
-                )
+                raise UserError(f"{run.path}: {name}.{own} is not finite everywhere; JSON has no such numbers.")
     count = sum(tensor.numel() for _, _, parameters, _ in layers for tensor in parameters.values())
     if count * BYTES > 100e6:
         say(f"{count:,} numbers as text: about {gigabytes(count * BYTES)}.")
@@ -120,9 +118,7 @@ def read(path: Path, tokenizer: Path | None = None) -> Foreign:
         raise UserError(f"{path} is no model: its format is {table.get('format')!r}, and not {FORMAT!r}.")
     settings, separators, prefix = (table.get(name) for name in ("settings", "separators", "prompt_prefix"))
     if not isinstance(settings, dict) or not isinstance(separators, int) or not isinstance(prefix, list):
-        raise UserError(
-            f"{path} is damaged: its settings, separators or prompt_prefix are not as they should be."
-        )
+        raise UserError(f"{path} is damaged: its settings, separators or prompt_prefix are not as they should be.")
     kind = choose(f"The model kind in {path}", str(settings.get("kind")), list(MODELS))
     model = empty_model(from_table(MODELS[kind].Settings, settings, f"{path}: settings"), torch.device("cpu"))
     found = checked_layers(path, table.get("layers"), layers_of(model))

@@ -20,13 +20,13 @@ from quire.data.vocabulary import Policy
 from quire.errors import UserError
 from quire.progress import say
 from quire.run import Run, refuse_existing
-from quire.training.curriculum import Stage
 from quire.training.loop import Trainer
 from quire.training.settings import LENGTHS, Settings, typed
 from quire.training.texts import read_texts
 from quire.training.train import check_length, describe, free_path, prepare_machine, train_created
 
 GENTLER = 0.25  # of the run's own learning rates
+LONGEST = 512  # tokens: the context of a fine-tuning from an imported model, where nothing else is said
 KEPT = ("prompt_prefix", "start_token", "licence", "attribution", "chat_template")  # in the manifest of imported models
 
 
@@ -35,31 +35,28 @@ def finetune(
     *texts: str,
     run: str | Path | None = None,
     unknown: Policy = "error",
+    context_length: int = 0,
     data: Table | None = None,
     **training: Any,
 ) -> Run:
     """Train the model of the run `base` on `texts`, in a new run.
 
     What its vocabulary lacks is an error, is left out ("skip"), gets a stand-in ("replace"), or becomes new tokens
-    ("grow") whose rows of weights begin as the mean of all. `data` and the other keywords are fields of DataSettings
-    and TrainingSettings: `quire.finetune("runs/book", "letters.txt", minutes=2)`.
+    ("grow") whose rows of weights begin as the mean of all. The new run reads `context_length` tokens at once; 0: as
+    many as the base, but of a model imported with a longer context LONGEST. `data` and the other keywords are fields
+    of DataSettings and TrainingSettings: `quire.finetune("runs/book", "letters.txt", minutes=2)`.
     """
     base = base if isinstance(base, Run) else Run(base)
     flags = {"data": {**(data or {}), "text": list(texts), "unknown": unknown}, "training": training}
     settings = typed(merged(inherited(base), flags))
-    return finetune_run(base, settings, Path(run) if run is not None else None)
+    return finetune_run(base, settings, Path(run) if run is not None else None, context_length=context_length)
 
 
 def inherited(base: Run) -> Table:
-    """The settings that a fine-tuning starts from: the run's own, without its text and its length, and gentler.
-
-    Of a curriculum a single stage stays: it says how long windows are, as imported models of a long context have it.
-    """
+    """The settings that a fine-tuning starts from: the run's own, without its text and its length, and gentler."""
     table = {name: dict(part) for name, part in base.config.items()}
     training = table.setdefault("training", {})
-    stages = training.get("curriculum", [])
-    kept = stages if len(stages) == 1 and not Stage.parse(stages[0]).text else []
-    training |= {**dict.fromkeys(LENGTHS, 0), "decisions": "", "curriculum": kept, "tokenizer": str(base.path)}
+    training |= {**dict.fromkeys(LENGTHS, 0), "decisions": "", "curriculum": [], "tokenizer": str(base.path)}
     for name in ("learning_rate", "matrix_learning_rate"):
         if name in training:
             training[name] *= GENTLER
@@ -67,8 +64,13 @@ def inherited(base: Run) -> Table:
     return table
 
 
-def finetune_run(base: Run, settings: Settings, path: Path | None = None, began: float | None = None) -> Run:
-    """Fine-tune with finished settings; `began` is time.time() at the command's start, for --minutes."""
+def finetune_run(
+    base: Run, settings: Settings, path: Path | None = None, began: float | None = None, context_length: int = 0
+) -> Run:
+    """Fine-tune with finished settings; `began` is time.time() at the command's start, for --minutes.
+
+    The new run reads `context_length` tokens at once; 0: as many as the base, but see LONGEST.
+    """
     began = began or time.time()
     texts, further = settings.data.text, f"quire resume {base.path} --minutes 5"
     if not texts:
@@ -79,6 +81,7 @@ def finetune_run(base: Run, settings: Settings, path: Path | None = None, began:
     check_length(settings.training)
     if settings.training.tokenizer != str(base.path):
         raise UserError("Fine-tuning keeps the run's own tokenizer: leave --tokenizer out.")
+    context_length = context_of(base, context_length)
     path = path or free_path(texts[0])
     refuse_existing(path)
     device, threads = prepare_machine(settings.training)
@@ -93,7 +96,7 @@ def finetune_run(base: Run, settings: Settings, path: Path | None = None, began:
     say(f"{', '.join(texts[:3])}: {prepared}")
     settings = Settings(
         settings.data,
-        replace(base.settings, vocabulary_size=prepared.tokenizer.vocabulary_size),
+        replace(base.settings, vocabulary_size=prepared.tokenizer.vocabulary_size, context_length=context_length),
         replace(settings.training, threads=threads),
     )
     manifest = describe(settings, prepared, corpus.origins, device)
@@ -109,11 +112,31 @@ def finetune_run(base: Run, settings: Settings, path: Path | None = None, began:
     return train_created(created, settings.training, prepared, device, began, begin, keep=False)
 
 
+def context_of(base: Run, wanted: int) -> int:
+    """How many tokens the new run reads at once."""
+    own = base.settings.context_length
+    if not 0 <= wanted <= own or wanted == 1:
+        raise UserError(f"--context-length must be between 2 and that of {base.path}, {own}, not {wanted}.")
+    if wanted or not base.imported or own <= LONGEST:
+        return wanted or own
+    say(
+        f"The new run reads {LONGEST} tokens at once, not {own:,} as {base.path}: that takes less memory and time."
+        f" To keep them all: --context-length {own}"
+    )
+    return LONGEST
+
+
 def put_weights(model: Any, weights: dict[str, Tensor], known: int) -> None:
-    """Copy `weights` into the model; the rows of tokens beyond the first `known` become the mean of those."""
+    """Copy `weights` into the model; the rows of tokens beyond the first `known` become the mean of those.
+
+    Of learned positions those stay that the model has.
+    """
     own = checkpoint.model_tensors(model)
     grown = {}
     for name, tensor in weights.items():
+        if name == "positions.weight":
+            grown[name] = tensor[: len(own[name])]
+            continue
         more = own[name].shape[0] - known if tensor.dim() and len(tensor) == known else 0
         mean = tensor.mean(0, keepdim=True).expand(more, *tensor.shape[1:])
         grown[name] = torch.cat((tensor, mean)) if more else tensor

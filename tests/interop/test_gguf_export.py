@@ -54,8 +54,9 @@ def expected(run, architecture: str) -> dict[str, np.ndarray]:
     theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], settings.layers)
     hugging = {  # a block's parts in transformers
         "attention_norm": "input_layernorm", "feedforward_norm": "post_attention_layernorm",
-        "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj", "attention.value": "self_attn.v_proj",
-        "attention.output": "self_attn.o_proj", "attention.query_norm": "self_attn.q_norm",
+        "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj",
+        "attention.value": "self_attn.v_proj", "attention.output": "self_attn.o_proj",
+        "attention.query_norm": "self_attn.q_norm",
         "attention.key_norm": "self_attn.k_norm", "feedforward.gate": "mlp.gate_proj", "feedforward.up": "mlp.up_proj",
         "feedforward.down": "mlp.down_proj",
     }  # fmt: skip

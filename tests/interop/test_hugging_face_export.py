@@ -69,9 +69,7 @@ def test_transformers_loads_what_was_exported(name, random_run, tmp_path):
     assert again.tokenizer.to_table() == run.tokenizer.to_table()
     if settings["kind"] == "modern" and name != "uneven":
         same = {"head_size": again.settings.head_size, "kv_heads": again.settings.kv_heads}
-        scaled = {
-            field: getattr(again.settings, field) for field in ("rotary_low_frequency", "rotary_high_frequency")
-        }
+        scaled = {field: getattr(again.settings, field) for field in ("rotary_low_frequency", "rotary_high_frequency")}
         assert again.settings == type(run.settings)(**{**vars(run.settings), **same, **scaled})
 
 
