@@ -248,7 +248,7 @@ def test_an_imported_model_trains_on(tmp_path):
     run = import_model(str(tmp_path / "theirs"), tmp_path / "run")
     before = quire.evaluate(run, [str(tmp_path / "more.txt")], device="cpu").validation_loss
     tuned = quire.finetune(run, str(tmp_path / "more.txt"), run=tmp_path / "tuned", steps=10, device="cpu")
-    assert quire.evaluate(tuned, device="cpu").validation_loss < before
+    assert quire.evaluate(tuned, [str(tmp_path / "more.txt")], device="cpu").validation_loss < before
     export_model(tuned, "hf", tmp_path / "out")
     same_logits(tuned, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
 
