@@ -82,7 +82,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "smollm2": ("llama", "smollm", {**GROUPED, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
     "mistral": ("mistral", "gpt2", {**ODD, "sliding_window": 7}),
     "ministral": ("ministral", "gpt2", {
-        **GROUPED, "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"],
+        **GROUPED, "head_dim": 6, "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     }),
     "mistral-full": ("mistral", "gpt2", {**GROUPED, "head_dim": 6, "sliding_window": None}),
     "qwen2": ("qwen2", "qwen2", {**GROUPED, "tie_word_embeddings": True}),
