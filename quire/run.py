@@ -139,6 +139,11 @@ class Run:
         """Tokens that stand before every prompt: none, but for imported models that were trained so."""
         return self.manifest.get("prompt_prefix", [])
 
+    def never_written(self) -> list[int]:
+        """Ids that generation leaves out: no special token but the separator, and that only where it was a target."""
+        trained = {self.tokenizer.separator} if self.manifest["separators"] > 1 else set()
+        return sorted(self.tokenizer.reserved() - trained)
+
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, oldest first."""
         return files.read_lines(self.path / "metrics.jsonl")

@@ -7,23 +7,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 from quire.errors import UserError, choose, nearest
-from quire.interop import gguf, gguf_export, llama2c
+from quire.interop import gguf, gguf_export, hugging_face, json_file, llama2c, onnx
 from quire.interop.imported import Foreign, Importer, create
 from quire.interop.pretrained import PRETRAINED
 from quire.run import Run, refuse_existing
 from quire.training.train import free_path
 
 IMPORTERS: dict[str, Importer] = {
+    "hf": Importer(hugging_face.recognizes, hugging_face.read),
     "gguf": Importer(gguf.recognizes, gguf.read),
     "llama2c": Importer(llama2c.recognizes, llama2c.read),
+    "json": Importer(json_file.recognizes, json_file.read),
 }
 
 # Each writes a run's best model to a path that does not exist yet; the text is --type, "" for the usual one.
 EXPORTERS: dict[str, Callable[[Run, Path, str], None]] = {
+    "hf": hugging_face.write,
     "gguf": gguf_export.write,
+    "onnx": onnx.write,
+    "json": json_file.write,
 }
 
-KINDS = "a .gguf file or a llama2.c .bin file"  # what can be imported, for sentences
+# What can be imported, for sentences.
+KINDS = "a Hugging Face folder, a .gguf file, a llama2.c .bin file or Quire's own .json"
 
 
 def import_model(
@@ -64,6 +70,8 @@ def export_model(run: Run | str | Path, to: str, out: str | Path, weights: str =
     """
     run, out = run if isinstance(run, Run) else Run(run), Path(out)
     write = EXPORTERS[choose("--to", to, list(EXPORTERS))]
+    if weights and to != "gguf":
+        raise UserError(f"--to {to} writes weights as they are: leave out --type {weights}, which is for --to gguf.")
     if out.exists():
         raise UserError(f"{out} exists already. Name another --out.")
     write(run, out, weights)

@@ -136,6 +136,8 @@ def fill(model: torch.nn.Module, foreign: Foreign) -> None:
             if name not in own:
                 raise UserError(f"{where} has a tensor {name} that a model of its settings has no place for.")
             place = own.pop(name)
+            if name == "positions.weight":  # learned: as many as are to be kept
+                tensor = tensor[: len(place)]
             if place.shape != tensor.shape:
                 shapes = f"{tuple(tensor.shape)} instead of {tuple(place.shape)}"
                 raise UserError(f"{where} is damaged: its tensor {name} is {shapes}.")
@@ -160,8 +162,8 @@ def manifest(foreign: Foreign) -> Table:
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {"quire": quire.__version__, **{name: version(name) for name in ("torch", "numpy", "safetensors")}},
         "imported_from": foreign.origin,
-        **foreign.notes,
         "prompt_prefix": foreign.prompt_prefix,
         "data": [],
         "separators": SEPARATORS,
+        **foreign.notes,
     }

@@ -152,7 +152,7 @@ def _template(tokenizer: Tokenizer, prefix: Sequence[int]) -> Table | None:
 
 def write_checked(path: Path, table: Table) -> None:
     """Write what `to_hugging_face` gives, with its CRC-32 as model.quire.crc32."""
-    files.write_text(path, _checked(table))
+    files.write_text(path, _checked({**table, "model": {"quire": {}, **table["model"]}}))
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
