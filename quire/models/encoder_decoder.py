@@ -35,7 +35,7 @@ class EncoderDecoderSettings(ModelSettings):
 
     reads_source: ClassVar[bool] = True  # what is written answers a source
 
-    kind: str = "encoder-decoder"
+    kind: str = "encoder-decoder"  # which architecture
     context_length: int = 512  # tokens of a source, and of a target with its end, at most
     embedding_size: int = 512  # channels of the stream between blocks
     layers: int = 6  # blocks of the decoder
