@@ -113,8 +113,8 @@ class Run:
 
     @property
     def pairs(self) -> bool:
-        """Whether it is trained on pairs of a source and a target, and not on a text."""
-        return bool(self.config.get("data", {}).get("pairs"))
+        """Whether it takes pairs: its model answers a source by a target. Other models go on with a text."""
+        return self.settings.reads_source or bool(self.config.get("data", {}).get("pairs"))
 
     def examples(self, tokens: np.ndarray | TokenStream, seed: int = 0) -> Examples:
         """A token stream as this model takes it: as it is, or in pairs."""
@@ -141,7 +141,7 @@ class Run:
 
     def never_written(self) -> list[int]:
         """Ids that generation leaves out: no special token but the separator, and that only where it was a target."""
-        trained = {self.tokenizer.separator} if self.manifest["separators"] > 1 else set()
+        trained = {self.tokenizer.separator} if self.pairs or self.manifest["separators"] > 1 else set()
         return sorted(self.tokenizer.reserved() - trained)
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -84,11 +84,7 @@ class Writer:
         self.tokenizer = run.tokenizer
         self.start_token, self.prefix = run.start_token(), run.prompt_prefix()
         self.reads_source = run.settings.reads_source
-        # A model of pairs answers a prompt (its source) with a text of its own; any other goes on with the prompt.
-        self.answers = self.reads_source or bool(run.config.get("data", {}).get("pairs"))
-        # No special token is ever written but the separator, and that only where training had it as a target.
-        trained = {self.tokenizer.separator} if self.answers or run.manifest["separators"] > 1 else set()
-        self.never = sorted(self.tokenizer.reserved() - trained)
+        self.answers, self.never = run.pairs, run.never_written()
         self.model = model if model is not None else run.model(self.device)
         self.memory = PromptMemory()
 
