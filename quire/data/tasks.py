@@ -75,9 +75,9 @@ def addition(generator: random.Random) -> tuple[str, str, Hashable]:
 
 
 def subtraction(generator: random.Random) -> tuple[str, str, Hashable]:
-    """Two numbers to 999, and their difference, which may be negative. 3-5 and 5-3 are one key."""
-    a, b = _number(generator), _number(generator)
-    return f"{a}-{b}", f"{a - b}", (min(a, b), max(a, b))
+    """Two numbers to 999, the larger first, and their difference."""
+    small, large = sorted((_number(generator), _number(generator)))
+    return f"{large}-{small}", f"{large - small}", (small, large)
 
 
 def dates(generator: random.Random) -> tuple[str, str, Hashable]:
