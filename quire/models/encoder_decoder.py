@@ -229,10 +229,10 @@ class EncoderDecoder(Layer):
                                source_visible)  # fmt: skip
             source_visible = cache.source_visible
         assert source_visible is not None, "an encoder-decoder is called with a source, or a cache that has one"
-        batch, new = tokens.shape
+        new = tokens.shape[1]
         past = cache.length if cache is not None else 0
         if cache is not None:
-            mask = cache.target.extended_mask(mask, batch, new)
+            mask, _ = cache.target.extended(mask, None, tokens)
         sight = Sight.of(new, past, tokens.device, mask)  # in which padding takes no position
         visible = sight.visible(Pattern(), past)
         x = self.dropout(self.embed(self.token_embedding, tokens, sight.positions[..., past:]))
