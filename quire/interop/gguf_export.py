@@ -15,7 +15,7 @@ from torch import Tensor
 from quire import checkpoint, files
 from quire.config import Table
 from quire.errors import UserError, choose
-from quire.interop.gguf import BLOCK, FACTORS, TOKENIZER, WHOLE, angles
+from quire.interop.gguf import BLOCK, FACTORS, TOKENIZER, WHOLE
 from quire.interop.gguf_file import package
 from quire.interop.hugging_face_config import gpt_obstacle
 from quire.interop.imported import neighbours
@@ -160,8 +160,9 @@ def foreign_tensors(settings: Any, architecture: str, named: dict[str, Tensor]) 
         turned = architecture == "llama" and part in ("attention.query", "attention.key")
         yield f"blk.{number}.{block[part]}.{end}", neighbours(tensor, settings.head_channels) if turned else tensor
     if getattr(settings, "rotary_scaling", "") == "llama3":
-        frequencies = angles(settings.head_channels, settings.rotary_base)
-        yield FACTORS, frequencies / settings.rotary().scaling(frequencies, settings.rotary_base)
+        rotary = settings.rotary()
+        frequencies = rotary.frequencies()
+        yield FACTORS, frequencies / rotary.scaling(frequencies, rotary.base)
 
 
 def gpt2_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
