@@ -1,19 +1,22 @@
 """What all tests share: a cache of their own, and a tiny trained run, made once and copied for each test."""
 
+import dataclasses
 import http.server
 import os
 import re
 import shlex
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from quire.cli.main import call
+from quire.models import MODELS
 from quire.run import Run
 from quire.sources import transfer
 
@@ -22,6 +25,12 @@ TINY = shlex.split(
     " --model.dropout 0 --batch-size 4 --warmup-steps 0 --learning-rate 0.01 --threads 1 --device cpu"
 )
 WORDS = shlex.split("the owl calls upon a night and speaks to none but café or 森 while rivers run below their stones")
+SMALL = {  # those of these fields that a model's settings have
+    "vocabulary_size": 13, "context_length": 12, "separator": 12, "embedding_size": 16, "hidden_size": 16, "layers": 3,
+    "heads": 4, "kv_heads": 2, "feedforward_size": 24, "window": 4,
+    "stack": ({"kind": "embedding", "size": 16}, {"kind": "lstm", "size": 12}, {"kind": "attention"},
+              {"kind": "gru", "normalization": "rmsnorm"}, {"kind": "block", "heads": 2}, {"kind": "layernorm"}),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,6 +43,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["QUIRE_CACHE"]
     else:
         os.environ["QUIRE_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def small_settings() -> Callable[..., Any]:
+    """Gives the settings of a small model of a kind; what that kind has no field for is left out."""
+
+    def settings(kind: str, **changes: Any) -> Any:
+        own = MODELS[kind].Settings
+        names = {field.name for field in dataclasses.fields(own)}
+        return own(**{name: value for name, value in {**SMALL, **changes, "kind": kind}.items() if name in names})
+
+    return settings
 
 
 @pytest.fixture(autouse=True)

@@ -68,7 +68,8 @@ def draw(name: str, seen: Attention, scores: Sequence[HeadScores], folder: Path)
         ]
         maps.append(HeadMaps(layer.name, layer.queries, layer.keys, layer.weights, rows))
     page, pictures = folder / "attention.html", [folder / "overview.png"]
-    write_attention_page(page, f"Attention in {name}", maps, seen.tokens, seen.predicted, seen.alternatives)
+    likeliest = [[(other.text, other.probability) for other in row] for row in seen.alternatives]
+    write_attention_page(page, f"Attention in {name}", maps, seen.tokens, seen.predicted, likeliest)
     plot_overview(f"Attention in {name}", [(layer.name, layer.weights) for layer in seen.layers], pictures[0])
     with bar("Drawing") as update:
         for done, layer in enumerate(seen.layers):

@@ -4,7 +4,6 @@ import shlex
 import statistics
 
 from quire.cli.flags import print_json, program
-from quire.data.pairs import Pairs
 from quire.evaluation.translations import shown
 from quire.generation.generate import GenerationSettings, Writer
 from quire.progress import say
@@ -29,9 +28,9 @@ def show_ending(run: Run, as_json: bool) -> int:
         figures = {"run": str(run.path), "steps": last["step"], "tokens": last["tokens"], "seconds": seconds}
         print_json({**figures, "validation_loss": loss, "bits_per_byte": bits, **before})
         return 0
-    held_out, writer = run.examples(run.validation_tokens()), Writer(run)
-    if isinstance(held_out, Pairs):
-        sample = shown(writer, held_out)
+    writer = Writer(run)
+    if run.pairs:
+        sample = shown(writer, run.in_pairs(run.validation_tokens()))
     else:
         sample = writer.write([""], GenerationSettings(tokens=SAMPLE_TOKENS, temperature=0.8))[0].text
     say(f"\nThe model writes:\n\n{sample}\n")

@@ -12,11 +12,11 @@ from tyro.conf import OmitArgPrefixes
 
 from quire.cli.flags import RunPath, Switch, parse, print_json
 from quire.errors import UserError
-from quire.generation.alternatives import visible
 from quire.generation.generate import GenerationSettings, Writer
 from quire.generation.texts import Sample
 from quire.progress import bar, console, say
 from quire.run import Run
+from quire.tokenizers.tokenizer import visible
 
 Prompt = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: ask, or from a pipe)")]
 Stops = tyro.conf.UseAppendAction[tuple[str, ...]]

@@ -15,8 +15,6 @@ from quire.generation.reading import Source, source_argument
 from quire.generation.stream import shortened
 from quire.tokenizers import Tokenizer
 
-SHOWN = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
-
 
 @dataclass(frozen=True)
 class Alternative:
@@ -80,9 +78,3 @@ def _readings(model: Any, tokens: Sequence[int], device: torch.device, source: S
         yield logits.cpu().float()
         done += len(logits)
         window = shortened([*seen, *tokens[done - 1 : done]], context_length // 2, kept)
-
-
-def visible(text: str) -> str:
-    """A token's text with white space as signs, and other characters that do not print as their escapes."""
-    shown = text.translate(SHOWN)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from quire.errors import UserError
+from quire.generation.alternatives import Alternative, alternatives
+from quire.generation.stream import tokens
 from quire.layers.attention import ScaledDotProductAttention
 from quire.run import Run
-from quire.tokenizers import Tokenizer
 from quire.tokenizers.tokenizer import Unknown
 
 LONGEST = 512  # tokens: beyond that neither a picture nor a page can be read
 CELLS = 1 << 25  # at most so many weights over all layers and heads
-ALTERNATIVES = 5
 
 PROMPT, WRITTEN = "prompt", "written"
 
@@ -44,14 +44,14 @@ class Attention:
     Of most models that is one sequence, "prompt". An encoder-decoder reads the "prompt" and attends from what it has
     "written": the separator it starts from, and what it then writes greedily. `ids` and `tokens`, the ids and how to
     show them, are by sequence. `alternatives` are, for each token of the sequence `predicted`, the likeliest next
-    tokens with their probabilities. `left_out` counts the tokens cut off the front of a prompt that was too long.
+    tokens. `left_out` counts the tokens cut off the front of a prompt that was too long.
     """
 
     layers: list[AttentionLayer]
     ids: dict[str, list[int]]
     tokens: dict[str, list[str]]
     predicted: str
-    alternatives: list[list[tuple[str, float]]]
+    alternatives: list[list[Alternative]]
     left_out: int
 
 
@@ -80,11 +80,14 @@ def attention(
         sequences[WRITTEN] = written(model, sequences[PROMPT], run.tokenizer.separator, room)
     logits, weights = record(model, sequences)
     return Attention(
-        layers=[_layer(name, rows[0].numpy(), sequences) for name, rows in weights.items()],
+        layers=[
+            AttentionLayer(name, *sequences_of(name, model.settings.reads_source), rows[0].numpy())
+            for name, rows in weights.items()
+        ],
         ids=sequences,
         tokens={name: [run.tokenizer.name(i) for i in row] for name, row in sequences.items()},
         predicted=list(sequences)[-1],
-        alternatives=_likeliest(logits[0], run.tokenizer),
+        alternatives=alternatives(logits[0], run.tokenizer),
         left_out=left_out,
     )
 
@@ -143,42 +146,22 @@ def record(model: Any, sequences: dict[str, list[int]] | dict[str, Tensor]) -> t
     return logits, {name: found[name] for name in order if name in found}
 
 
-@torch.no_grad()
 def written(model: Any, source: list[int], separator: int, room: int) -> list[int]:
     """The separator, and what an encoder-decoder writes greedily after `source`, up to the next separator."""
-    device = next(model.parameters()).device
-    ids = [separator]
-    while len(ids) < room:
-        rows = torch.tensor([ids], device=device)
-        logits = model(rows, source=torch.tensor([source], device=device))
-        if (token := int(logits[0, -1].argmax())) == separator:
+
+    def choose(logits: Tensor, windows: list[list[int]]) -> list[int]:
+        return [int(logits[0].argmax())]
+
+    ids, device = [separator], next(model.parameters()).device
+    for (token,) in tokens(model, [ids], choose, device, sources=[tuple(source)]):
+        if token == separator or len(ids) == room:
             break
         ids.append(token)
     return ids
 
 
-def _layer(name: str, weights: np.ndarray, sequences: dict[str, list[int]]) -> AttentionLayer:
-    """Name the two sequences of a layer: by its path, or where that cannot be (T, S) by their lengths."""
-    if WRITTEN not in sequences:
-        return AttentionLayer(name, PROMPT, PROMPT, weights)
-    kinds = [(WRITTEN, WRITTEN), (PROMPT, PROMPT), (WRITTEN, PROMPT)]
-    parts = name.split(".")
-    if any(part.startswith("cross") for part in parts):
-        kinds.insert(0, (WRITTEN, PROMPT))
-    elif any(part.startswith("encoder") for part in parts):
-        kinds.insert(0, (PROMPT, PROMPT))
-    queries, keys = next(
-        (queries, keys)
-        for queries, keys in kinds
-        if weights.shape[1:] == (len(sequences[queries]), len(sequences[keys]))
-    )
-    return AttentionLayer(name, queries, keys, weights)
-
-
-def _likeliest(logits: Tensor, tokenizer: Tokenizer) -> list[list[tuple[str, float]]]:
-    """The likeliest next tokens and their probabilities, for each row of logits (T, V)."""
-    best = torch.softmax(logits, -1).topk(min(ALTERNATIVES, logits.shape[-1]), -1)
-    return [
-        [(tokenizer.name(token), p) for token, p in zip(ids, row, strict=True)]
-        for ids, row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
+def sequences_of(layer: str, reads_source: bool) -> tuple[str, str]:
+    """The sequences that look and are looked at in a layer, by the path of its module."""
+    if not reads_source or layer.startswith("encoder."):
+        return PROMPT, PROMPT
+    return WRITTEN, PROMPT if "cross_attention" in layer else WRITTEN

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quire.inspection.attention import PROMPT, WRITTEN, AttentionLayer, record
+from quire.inspection.attention import PROMPT, WRITTEN, AttentionLayer, record, sequences_of
 from quire.run import Run
 
 REPEATED = 50  # tokens of the random sequence that stands twice
@@ -88,12 +88,14 @@ def induction_scores(run: Run, model: Any, seed: int = 1337) -> dict[str, np.nda
     halves = np.stack([draw.choice(usable, length, replace=False) for _ in range(ROWS)])  # (B, length)
     before = np.tile(np.array(prefix, dtype=np.int64), (ROWS, 1))
     tokens = torch.from_numpy(np.concatenate([before, halves, halves], 1))
-    sequences = dict.fromkeys((PROMPT, WRITTEN) if model.settings.reads_source else (PROMPT,), tokens)
+    reads_source = model.settings.reads_source
+    sequences = dict.fromkeys((PROMPT, WRITTEN) if reads_source else (PROMPT,), tokens)
+    last = list(sequences)[-1]
     second = np.arange(len(prefix) + length, len(prefix) + 2 * length)
     return {
         name: weights.numpy()[:, :, second, second - length + 1].mean((0, 2), dtype=np.float64)
         for name, weights in record(model, sequences)[1].items()
-        if not any(part.startswith(("cross", "encoder")) for part in name.split("."))
+        if sequences_of(name, reads_source) == (last, last)
     }
 
 

@@ -18,7 +18,7 @@ from quire.config import Table
 from quire.errors import UserError
 from quire.interop.gguf_file import MAGIC, GGUFFile
 from quire.interop.imported import Foreign, halves
-from quire.layers.positions import RotaryScaling
+from quire.layers.positions import RotaryPositions, RotaryScaling
 from quire.tokenizers import Tokenizer
 from quire.tokenizers.gguf import from_gguf
 
@@ -160,17 +160,12 @@ def llama3(file: GGUFFile, head_size: int, base: float, original: int) -> Table:
     """The settings whose factors are those in the file: its own factor, and the usual bounds, 1 and 4 turns."""
     factors = file.tensor(FACTORS)
     guess = RotaryScaling("llama3", short(float(factors.max())), original)
-    frequencies = angles(head_size, base)
+    frequencies = RotaryPositions(head_size, base).frequencies()
     if factors.shape != frequencies.shape or not torch.allclose(
         frequencies / factors, guess(frequencies, base), rtol=1e-4, atol=0
     ):
         raise UserError(f"{file.where} scales rotary positions by factors of its own ({FACTORS}), which Quire has not.")
     return {"rotary_scaling": "llama3", "rotary_factor": guess.factor, "rotary_original_context": original}
-
-
-def angles(head_size: int, base: float) -> Tensor:
-    """The angle per position of each pair (D/2), unscaled."""
-    return 1 / base ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
 
 
 def check_shapes(file: GGUFFile, settings: Table, vocabulary_size: int) -> None:

@@ -15,22 +15,15 @@ from torch import Tensor
 from quire import checkpoint, files
 from quire.config import Table
 from quire.errors import UserError, choose
-from quire.interop.gguf import BLOCK, FACTORS, TOKENIZER, WHOLE, angles
+from quire.interop.gguf import BLOCK, FACTORS, TOKENIZER, WHOLE
 from quire.interop.gguf_file import package
+from quire.interop.hugging_face_config import gpt_obstacle
 from quire.interop.imported import neighbours
 from quire.run import Run
 from quire.tokenizers.gguf import to_gguf
 
 TYPES = {"": "F32", "f32": "F32", "f16": "F16", "q8_0": "Q8_0"}
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
-
-
-GPT2_SHAPE = {
-    "normalization": "layernorm", "norm_placement": "pre", "feedforward": "gelu-tanh", "qk_norm": False,
-}  # fmt: skip
-QWEN3_SHAPE = {
-    "positions": "rotary", "normalization": "rmsnorm", "norm_placement": "pre", "feedforward": "swiglu", "bias": False,
-}  # fmt: skip
 
 
 def write(run: Run, out: Path, weights: str = "") -> None:
@@ -93,16 +86,7 @@ def obstacle(settings: Any) -> str | None:
         return None
     if settings.kind != "gpt":
         return f"its kind is {settings.kind}"
-    shape = GPT2_SHAPE if settings.positions == "learned" else QWEN3_SHAPE
-    for name, value in shape.items():
-        if getattr(settings, name) != value:
-            return f"its {name} is {getattr(settings, name)}, not {value}"
-    if shape is GPT2_SHAPE:
-        if settings.kv_heads not in (0, settings.heads):
-            return "GPT-2 has as many kv_heads as heads"
-        if settings.head_channels * settings.heads != settings.embedding_size:
-            return "GPT-2's head_size is embedding_size / heads"
-    return None
+    return gpt_obstacle(settings, ("gelu-tanh",))
 
 
 def metadata(run: Run, architecture: str, named: dict[str, Tensor]) -> Table:
@@ -165,7 +149,7 @@ def foreign_tensors(settings: Any, architecture: str, named: dict[str, Tensor]) 
     """The weights by llama.cpp's names, in its order of rows."""
     whole, block = ({ours: theirs for theirs, ours in table.items()} for table in (WHOLE, BLOCK))
     if architecture == "gpt2":
-        named = gpt2_tensors(settings, named)
+        named = gpt2_tensors(named)
         block["attention.query_key_value"] = "attn_qkv"
     for name, tensor in named.items():
         path, _, end = name.rpartition(".")
@@ -176,11 +160,12 @@ def foreign_tensors(settings: Any, architecture: str, named: dict[str, Tensor]) 
         turned = architecture == "llama" and part in ("attention.query", "attention.key")
         yield f"blk.{number}.{block[part]}.{end}", neighbours(tensor, settings.head_channels) if turned else tensor
     if getattr(settings, "rotary_scaling", "") == "llama3":
-        frequencies = angles(settings.head_channels, settings.rotary_base)
-        yield FACTORS, frequencies / settings.rotary().scaling(frequencies, settings.rotary_base)
+        rotary = settings.rotary()
+        frequencies = rotary.frequencies()
+        yield FACTORS, frequencies / rotary.scaling(frequencies, rotary.base)
 
 
-def gpt2_tensors(settings: Any, named: dict[str, Tensor]) -> dict[str, Tensor]:
+def gpt2_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
     """GPT-2's tensors by our names, but query, key and value in one map; a bias that a model goes without is zero."""
     found: dict[str, Tensor] = {}
     for name, tensor in named.items():

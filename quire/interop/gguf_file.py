@@ -6,6 +6,7 @@ against the file before it is believed: the gguf package's own reader maps the f
 a length may keep it busy for hours.
 """
 
+import math
 import mmap
 import struct
 from collections.abc import Callable
@@ -106,16 +107,13 @@ class GGUFFile:
 
     def _size(self, name: str, shape: tuple[int, ...], kind: int) -> int:
         """Bytes of a tensor: rows come in blocks of so many numbers, in so many bytes."""
-        sizes = {int(key): size for key, size in package().GGML_QUANT_SIZES.items()}
+        sizes = package().GGML_QUANT_SIZES
         if kind not in sizes:
             raise _Damaged(f"its tensor {name} is of a type unknown here, {kind}")
         block, size = sizes[kind]
         if shape[-1] % block or 0 in shape:
             raise _Damaged(f"its tensor {name} has rows of {shape[-1]} numbers, in blocks of {block}")
-        count = 1
-        for length in shape:  # in Python's numbers, which do not overflow
-            count *= length
-        return count // block * size
+        return math.prod(shape) // block * size
 
     def tensor(self, name: str) -> Tensor:
         """A tensor in float32, dequantized by the gguf package."""

@@ -28,7 +28,7 @@ from quire.tokenizers.byte_bpe import ByteBPETokenizer
 from quire.tokenizers.hugging_face import read_hugging_face, to_hugging_face, write_checked
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-READ = {"F32": 4, "F16": 2, "BF16": 2}  # how numbers may be stored
+READ = ("F32", "F16", "BF16")  # how numbers may be stored
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # ends of names that are no weights
 
 

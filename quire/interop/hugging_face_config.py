@@ -5,6 +5,7 @@ qwen2, qwen3. What any of them may say and Quire's models lack is refused by nam
 """
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from quire.config import Table
@@ -235,18 +236,23 @@ def obstacle(settings: Any) -> str | None:
         return f"its attention has layers that are {' and '.join(sorted(other))}" if other else None
     if settings.kind != "gpt":
         return f"its kind is {settings.kind}"
+    return gpt_obstacle(settings, ACTIVATIONS.values())
+
+
+def gpt_obstacle(settings: Any, feedforwards: Collection[str]) -> str | None:
+    """What a model of kind gpt has that neither a GPT-2, with one of `feedforwards`, nor a rotary decoder can have."""
     if settings.positions == "sinusoidal":
         return "its positions are sinusoidal"
-    for name, value in (GPT2_SHAPE if settings.positions == "learned" else ROTARY_SHAPE).items():
+    learned = settings.positions == "learned"
+    for name, value in (GPT2_SHAPE if learned else ROTARY_SHAPE).items():
         if getattr(settings, name) != value:
             return f"with positions {settings.positions} its {name} is {getattr(settings, name)}, not {value}"
-    if settings.positions == "learned":
-        if settings.feedforward not in ACTIVATIONS.values():
-            return f"with positions learned its feedforward is {settings.feedforward}"
-        if settings.kv_heads not in (0, settings.heads):
-            return f"with positions learned its kv_heads are {settings.kv_heads}, not as many as heads"
-        if settings.head_channels * settings.heads != settings.embedding_size:
-            return f"with positions learned its head_size is {settings.head_size}, not embedding_size / heads"
+    if learned and settings.feedforward not in feedforwards:
+        return f"with positions learned its feedforward is {settings.feedforward}, not {' or '.join(feedforwards)}"
+    if learned and settings.kv_heads not in (0, settings.heads):
+        return f"with positions learned its kv_heads are {settings.kv_heads}, not as many as heads"
+    if learned and settings.head_channels * settings.heads != settings.embedding_size:
+        return f"with positions learned its head_size is {settings.head_size}, not embedding_size / heads"
     return None
 
 

@@ -7,6 +7,7 @@ ours turn (i, i + D/2). Its texts begin with token 1, which also ends them.
 C channels, F feedforward channels, L layers, D head size, V vocabulary, T context.
 """
 
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +71,7 @@ class Header(NamedTuple):
 
     def size(self) -> int:
         """Bytes of a whole file."""
-        return HEADER.size + 4 * sum(int(np.prod(shape, dtype=object)) for _, shape in self.parts())
+        return HEADER.size + 4 * sum(math.prod(shape) for _, shape in self.parts())
 
 
 def recognizes(path: Path) -> bool:
@@ -133,7 +134,7 @@ def tensors(path: Path, header: Header) -> Iterator[tuple[str, Tensor]]:
     whole = np.memmap(path, dtype="<f4", mode="r", offset=HEADER.size)
     start = 0
     for name, shape in header.parts():
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         array = whole[start : start + count].reshape(shape)
         start += count
         for layer, part in enumerate(array) if "{}" in name else [(0, array)] if name else []:

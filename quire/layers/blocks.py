@@ -1,6 +1,7 @@
 """Transformer blocks: attention, then feedforward, each added to a stream that runs through all blocks."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,6 @@ from quire.layers.layer import Block, Layer
 from quire.layers.linear import Linear
 
 Angles = tuple[Tensor, Tensor] | None  # cosine and sine of rotary positions
-Cache = KeyValueCache | None
 
 
 class PreNormBlock(Block):
@@ -44,34 +44,34 @@ class PreNormBlock(Block):
         cache: KeyValueCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), angles, visible, cache, layer))
-        return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
+        x = self.add(x, self.attention_norm, self.attention, angles, visible, cache, layer)
+        return self.add(x, self.feedforward_norm, self.feedforward)
 
     def backward(self, grad: Tensor) -> Tensor:
+        grad = self.undo_add(grad, self.feedforward_norm, self.feedforward.backward)
+        return self.undo_add(grad, self.attention_norm, self.attention.backward)
+
+    # ---- what the two kinds differ in ----
+
+    def add(self, x: Tensor, norm: Layer, part: Layer, *inputs: Any) -> Tensor:
+        """The stream after a part, which is given `inputs` too."""
+        return x + self.dropout(part(norm(x), *inputs))
+
+    def undo_add(self, grad: Tensor, norm: Layer, undo_part: Callable[[Tensor], Tensor]) -> Tensor:
+        """The gradient by the stream before a part; `undo_part` is the part's backward."""
         # Of a sum, both terms receive the gradient: the stream as it is, and the part that was added to it.
-        grad = grad + self.feedforward_norm.backward(self.feedforward.backward(self.dropout.backward(grad)))
-        return grad + self.attention_norm.backward(self.attention.backward(self.dropout.backward(grad)))
+        return grad + norm.backward(undo_part(self.dropout.backward(grad)))
 
 
 class PostNormBlock(PreNormBlock):
     """norm(x + attention(x)), then norm(x + feedforward(x)) (Vaswani et al. 2017)."""
 
-    def forward(
-        self,
-        x: Tensor,
-        angles: Angles = None,
-        visible: Visible = None,
-        cache: KeyValueCache | None = None,
-        layer: int = 0,
-    ) -> Tensor:
-        x = self.attention_norm(x + self.dropout(self.attention(x, angles, visible, cache, layer)))
-        return self.feedforward_norm(x + self.dropout(self.feedforward(x)))
+    def add(self, x: Tensor, norm: Layer, part: Layer, *inputs: Any) -> Tensor:
+        return norm(x + self.dropout(part(x, *inputs)))
 
-    def backward(self, grad: Tensor) -> Tensor:
-        grad = self.feedforward_norm.backward(grad)
-        grad = grad + self.feedforward.backward(self.dropout.backward(grad))
-        grad = self.attention_norm.backward(grad)
-        return grad + self.attention.backward(self.dropout.backward(grad))
+    def undo_add(self, grad: Tensor, norm: Layer, undo_part: Callable[[Tensor], Tensor]) -> Tensor:
+        grad = norm.backward(grad)
+        return grad + undo_part(self.dropout.backward(grad))
 
 
-BLOCKS = {"pre": PreNormBlock, "post": PostNormBlock}
+BLOCKS: dict[str, type[PreNormBlock]] = {"pre": PreNormBlock, "post": PostNormBlock}

@@ -6,14 +6,54 @@ import torch
 from torch import Tensor
 
 
-class KeyValueCache:
-    """Keys and values of every layer for up to `capacity` positions, and which of them are real tokens.
+class Past:
+    """What every cache knows of the `length` positions it has read: which are tokens, and where documents begin.
+
+    `mask` (B, length) is False on padding, or None where no row is padded; `begins` (B, length) is True where documents
+    begin, or None where nobody asked. A cache can be cut, copied and reordered.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.mask: Tensor | None = None
+        self.begins: Tensor | None = None
+
+    def extended(
+        self, mask: Tensor | None, begins: Tensor | None, tokens: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`mask` and `begins` of the past positions and of new `tokens` (B, T), given those of the new ones."""
+        if mask is not None or self.mask is not None:
+            new = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+            past = new.new_ones(len(tokens), self.length) if self.mask is None else self.mask
+            mask = torch.cat((past, new), dim=1)
+        if begins is not None and self.begins is not None:
+            begins = torch.cat((self.begins, begins), dim=1)
+        return mask, begins
+
+    def advance(self, count: int, mask: Tensor | None, begins: Tensor | None = None) -> None:
+        """All layers have read `count` new positions; `mask` and `begins` are the extended ones."""
+        self.length += count
+        self.mask, self.begins = mask, begins
+
+    def cut(self, length: int) -> None:
+        """Forget all but the first `length` positions."""
+        self.length = min(length, self.length)
+        self.mask = None if self.mask is None else self.mask[:, :length]
+        self.begins = None if self.begins is None else self.begins[:, :length]
+
+    def take(self, other: "Past", rows: Tensor | slice) -> None:
+        """Know of row i what `other` knows of its row rows[i]."""
+        self.length = other.length
+        self.mask = None if other.mask is None else other.mask[rows]
+        self.begins = None if other.begins is None else other.begins[rows]
+
+
+class KeyValueCache(Past):
+    """Keys and values of every layer for up to `capacity` positions.
 
     A layer that reaches back only so many positions, the newest one counted, keeps no more than those (`reaches`:
     one number a layer, None where it reaches back to the first). `keys` and `values` are a tensor for each layer,
-    (B, kv_heads, positions, D); `mask` is (B, length), False on padding, or None where no row is padded; `begins`
-    (B, length) is True where a document begins, or None where nobody asked. A model appends to it; it can be cut,
-    copied and reordered.
+    (B, kv_heads, positions, D).
     """
 
     def __init__(
@@ -26,14 +66,13 @@ class KeyValueCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        super().__init__()
+
         def empty(reach: int | None) -> Tensor:  # room for all, or what is kept grows and stays at reach - 1
             return torch.zeros(batch, heads, capacity if reach is None else 0, head_size, device=device, dtype=dtype)
 
         self.reaches, self.capacity = list(reaches), capacity
         self.keys, self.values = [empty(reach) for reach in reaches], [empty(reach) for reach in reaches]
-        self.mask: Tensor | None = None
-        self.begins: Tensor | None = None
-        self.length = 0
 
     def held(self, layer: int) -> int:
         """How many of the past positions that layer has."""
@@ -53,26 +92,6 @@ class KeyValueCache:
         self.keys[layer], self.values[layer] = keys[:, :, last:].clone(), values[:, :, last:].clone()
         return keys, values
 
-    def extended_mask(self, mask: Tensor | None, batch: int, count: int) -> Tensor | None:
-        """Which of the past and `count` new positions are tokens, (B, length + count); None where all are."""
-        if mask is None and self.mask is None:
-            return None
-        past, new = self.mask, mask
-        if past is None:
-            past = torch.ones(batch, self.length, dtype=torch.bool, device=self.keys[0].device)
-        if new is None:
-            new = torch.ones(batch, count, dtype=torch.bool, device=self.keys[0].device)
-        return torch.cat((past, new), dim=1)
-
-    def extended_begins(self, begins: Tensor) -> Tensor:
-        """Where documents begin among the past positions and the new ones, `begins` (B, count)."""
-        return begins if self.begins is None else torch.cat((self.begins, begins), dim=1)
-
-    def advance(self, count: int, mask: Tensor | None, begins: Tensor | None = None) -> None:
-        """All layers have appended `count` positions; `mask` and `begins` are the extended ones."""
-        self.length += count
-        self.mask, self.begins = mask, begins
-
     def cut(self, length: int) -> None:
         """Forget all but the first `length` positions; a ValueError where a layer no longer has what it would need."""
         if length >= self.length:
@@ -85,9 +104,7 @@ class KeyValueCache:
                 self.keys[layer], self.values[layer] = (
                     kept[layer][:, :, :length].clone() for kept in (self.keys, self.values)
                 )
-        self.length = length
-        self.mask = None if self.mask is None else self.mask[:, :length]
-        self.begins = None if self.begins is None else self.begins[:, :length]
+        super().cut(length)
 
     def copy(self) -> "KeyValueCache":
         """An independent copy."""
@@ -96,8 +113,7 @@ class KeyValueCache:
     def reordered(self, rows: Tensor) -> "KeyValueCache":
         """A new cache whose row i is this one's row rows[i]; rows may repeat or be left out."""
         other = object.__new__(KeyValueCache)
-        other.reaches, other.capacity, other.length = self.reaches, self.capacity, self.length
+        other.take(self, rows)
+        other.reaches, other.capacity = self.reaches, self.capacity
         other.keys, other.values = [kept[rows] for kept in self.keys], [kept[rows] for kept in self.values]
-        other.mask = None if self.mask is None else self.mask[rows]
-        other.begins = None if self.begins is None else self.begins[rows]
         return other

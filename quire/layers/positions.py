@@ -90,11 +90,14 @@ class RotaryPositions(Layer):
         super().__init__()
         self.head_size, self.base, self.scaling = head_size, base, scaling or RotaryScaling()
 
+    def frequencies(self, device: torch.device | None = None) -> Tensor:
+        """The angle per position of each pair (D/2), before any scaling."""
+        even = torch.arange(0, self.head_size, 2, device=device, dtype=torch.float32)
+        return 1 / self.base ** (even / self.head_size)  # rounded in this order, as other implementations do
+
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine, each (T, 1, D/2) or (B, T, 1, D/2), of positions (T) or (B, T): made once for all layers."""
-        even = torch.arange(0, self.head_size, 2, device=positions.device, dtype=torch.float32)
-        frequencies = 1 / self.base ** (even / self.head_size)  # rounded in this order, as other implementations do
-        frequencies = self.scaling(frequencies, self.base)
+        frequencies = self.scaling(self.frequencies(positions.device), self.base)
         angles = (positions.float().unsqueeze(-1) * frequencies).unsqueeze(-2)
         return angles.cos() * self.scaling.amplitude, angles.sin() * self.scaling.amplitude
 

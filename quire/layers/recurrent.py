@@ -156,6 +156,7 @@ class RNN(Layer):
 
     def step_back(self, grads: Any, kept: Any) -> tuple[Tensor, Tensor, Any]:
         """Of a new state's gradient: those of from_inputs, from_state, and of the old state but for U's part."""
+        # tanh' = 1 - tanh^2; both sums enter it alike, and the old state by way of U alone.
         (hidden,) = kept
         grad = grads[0] * (1 - hidden.square())
         return grad, grad, (0.0,)
@@ -193,7 +194,9 @@ class LSTM(RNN):
         return (o * shown, cell), (i, f, g, o, state[1], shown)
 
     def step_back(self, grads: Any, kept: Any) -> tuple[Tensor, Tensor, Any]:
-        # sigmoid' = s (1 - s), tanh' = 1 - t^2; the cell receives from later steps and through this step's output.
+        # Through h_t = o tanh(c_t):        do = dh tanh(c_t),  dc_t = what came back + dh o (1 - tanh(c_t)^2)
+        # Through c_t = f c_{t-1} + i g:    di = dc_t g,  df = dc_t c_{t-1},  dg = dc_t i,  dc_{t-1} = dc_t f
+        # Through the curves:               sigmoid' = s (1 - s), tanh' = 1 - tanh^2
         i, f, g, o, before, shown = kept
         grad, grad_cell = grads[0], grads[1] + grads[0] * o * (1 - shown.square())
         gates = torch.cat(
@@ -228,6 +231,9 @@ class GRU(RNN):
         return ((1 - z) * n + z * state[0],), (r, z, n, inner, state[0])
 
     def step_back(self, grads: Any, kept: Any) -> tuple[Tensor, Tensor, Any]:
+        # Through h_t = (1 - z) n + z h_{t-1}:    dn = dh (1 - z),  dz = dh (h_{t-1} - n),  dh_{t-1} = dh z
+        # Through n = tanh(a + r inner), inner = U h_{t-1} + c:    da = dn (1 - n^2),  dr = da inner,  dinner = da r
+        # Through r and z:    sigmoid' = s (1 - s)
         r, z, n, inner, before = kept
         (grad,) = grads
         grad_n = grad * (1 - z) * (1 - n.square())

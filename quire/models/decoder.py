@@ -143,11 +143,10 @@ class Decoder(Layer):
 
         `mask` (B, T) is False on padding. A `cache` holds what came before `tokens`, and is extended by them.
         """
-        batch, new = tokens.shape
-        begins = self.document_begins(tokens, mask)
+        new = tokens.shape[1]
+        begins = self.settings.document_begins(tokens, mask)
         if cache is not None:
-            mask = cache.extended_mask(mask, batch, new)
-            begins = None if begins is None else cache.extended_begins(begins)
+            mask, begins = cache.extended(mask, begins, tokens)
         sight = Sight.of(new, cache.length if cache is not None else 0, tokens.device, mask, begins)
         views = {
             pattern: sight.visible(pattern, cache.held(layer) if cache is not None else 0)
@@ -172,13 +171,6 @@ class Decoder(Layer):
             return self.head(x)  # (B, T, V)
         return self.loss(self.head(x, padded=True), targets)
 
-    def document_begins(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
-        """True on the separators among `tokens` (B, T), each of which begins a document; None where all is one."""
-        if not self.settings.separate_documents:
-            return None
-        begins = tokens == self.settings.separator
-        return begins if mask is None else begins & mask
-
     def backward(self, grad: Tensor | float = 1.0) -> None:
         """Undo the last recorded loss: add `grad` times its gradient to every parameter's `.grad`."""
         gradient = self.head.backward(self.loss.backward(grad))
@@ -189,9 +181,9 @@ class Decoder(Layer):
             gradient = block.undo(gradient)
         gradient = self.dropout.backward(gradient)
         if self.positions is not None:
-            (rows,) = self.saved()
+            (dimensions,) = self.saved()
             # One row of positions serves every row of the batch: its gradient is their sum.
-            self.positions.backward(gradient.sum(0) if rows == 1 else gradient)
+            self.positions.backward(gradient.sum(0) if dimensions == 1 else gradient)
         self.token_embedding.backward(gradient * self.embedding_scale)
 
     def new_cache(self, batch: int) -> KeyValueCache:

@@ -6,8 +6,9 @@ D head size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 
 from quire.errors import UserError
 from quire.layers.attention import MultiHeadAttention, Visible
+from quire.layers.blocks import BLOCKS, PostNormBlock, PreNormBlock
 from quire.layers.cache import KeyValueCache
 from quire.layers.cross_attention import CrossAttention, source_visibility
 from quire.layers.cross_entropy import IGNORED, CrossEntropy
 from quire.layers.dropout import Dropout
 from quire.layers.embedding import Embedding
 from quire.layers.feedforward import FeedForward
-from quire.layers.layer import Block, Layer
+from quire.layers.layer import Layer
 from quire.layers.linear import Linear, OutputHead
 from quire.layers.normalization import LayerNorm
 from quire.layers.positions import SinusoidalPositions
@@ -71,79 +73,24 @@ class EncoderDecoderSettings(ModelSettings):
             raise UserError("--model.separate-documents is for streams of text: leave it out, pairs are apart already.")
 
 
-class PostNorm(LayerNorm):
-    """norm(x + dropout(part(x))): each sum is normalized (the paper's 3.1)."""
-
-    def __init__(self, settings: EncoderDecoderSettings) -> None:
-        super().__init__(settings.embedding_size, epsilon=settings.norm_epsilon)
-        self.dropout = Dropout(settings.dropout)
-
-    def enter(self, x: Tensor) -> Tensor:
-        """What the part is given."""
-        return x
-
-    def leave(self, x: Tensor, part: Tensor) -> Tensor:
-        """What the stream `x` becomes by the part's output."""
-        return self(x + self.dropout(part))
-
-    def undo_leave(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of the stream and of the part: of a sum, both terms receive the same."""
-        grad = self.backward(grad)
-        return grad, self.dropout.backward(grad)
-
-    def undo_enter(self, grad: Tensor) -> Tensor:
-        """The gradient of the stream by what the part was given."""
-        return grad
+BlockParts = tuple[MultiHeadAttention, FeedForward, Callable[[], LayerNorm], float]
 
 
-class PreNorm(PostNorm):
-    """x + dropout(part(norm(x))): the stream itself is never normalized, but once at its end."""
-
-    def enter(self, x: Tensor) -> Tensor:
-        return self(x)
-
-    def leave(self, x: Tensor, part: Tensor) -> Tensor:
-        return x + self.dropout(part)
-
-    def undo_leave(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, self.dropout.backward(grad)
-
-    def undo_enter(self, grad: Tensor) -> Tensor:
-        return self.backward(grad)
+def block_parts(settings: EncoderDecoderSettings) -> BlockParts:
+    """What the blocks of both sides are made of: attention, feedforward, normalization and dropout."""
+    size, heads = settings.embedding_size, settings.heads
+    attention = MultiHeadAttention(size, heads, heads, size // heads, dropout=settings.dropout)
+    feedforward = FeedForward(size, settings.feedforward_size or 4 * size, "relu")
+    return attention, feedforward, partial(LayerNorm, size, epsilon=settings.norm_epsilon), settings.dropout
 
 
-NORMS = {"post": PostNorm, "pre": PreNorm}
-
-
-class EncoderBlock(Block):
-    """Every position of the source looks at all of them, then a feedforward."""
-
-    def __init__(self, settings: EncoderDecoderSettings) -> None:
-        super().__init__()
-        size, heads, norm = settings.embedding_size, settings.heads, NORMS[settings.norm_placement]
-        self.attention = MultiHeadAttention(size, heads, heads, size // heads, dropout=settings.dropout)
-        self.attention_norm = norm(settings)
-        self.feedforward = FeedForward(size, settings.feedforward_size or 4 * size, "relu")
-        self.feedforward_norm = norm(settings)
-
-    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        x = self.attention_norm.leave(x, self.attention(self.attention_norm.enter(x), None, visible))
-        return self.feedforward_norm.leave(x, self.feedforward(self.feedforward_norm.enter(x)))
-
-    def backward(self, grad: Tensor) -> Tensor:
-        grad, part = self.feedforward_norm.undo_leave(grad)
-        grad = grad + self.feedforward_norm.undo_enter(self.feedforward.backward(part))
-        grad, part = self.attention_norm.undo_leave(grad)
-        return grad + self.attention_norm.undo_enter(self.attention.backward(part))
-
-
-class DecoderBlock(EncoderBlock):
+class DecoderBlock(PreNormBlock):
     """Every position of the target looks back at those before it, then at the source, then a feedforward."""
 
     def __init__(self, settings: EncoderDecoderSettings) -> None:
-        super().__init__(settings)
+        super().__init__(*block_parts(settings))
         self.cross_attention = CrossAttention(settings.embedding_size, settings.heads, dropout=settings.dropout)
-        self.cross_norm = NORMS[settings.norm_placement](settings)
+        self.cross_norm = LayerNorm(settings.embedding_size, epsilon=settings.norm_epsilon)
 
     def forward(  # type: ignore[override]
         self,
@@ -156,19 +103,29 @@ class DecoderBlock(EncoderBlock):
     ) -> Tensor:
         own = cache.target if cache is not None else None
         known = cache.source[layer] if cache is not None else None
-        x = self.attention_norm.leave(x, self.attention(self.attention_norm.enter(x), None, visible, own, layer))
-        looked = self.cross_attention(self.cross_norm.enter(x), memory, source_visible, known)
-        x = self.cross_norm.leave(x, looked)
-        return self.feedforward_norm.leave(x, self.feedforward(self.feedforward_norm.enter(x)))
+        x = self.add(x, self.attention_norm, self.attention, None, visible, own, layer)
+        x = self.add(x, self.cross_norm, self.cross_attention, memory, source_visible, known)
+        return self.add(x, self.feedforward_norm, self.feedforward)
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        grad, part = self.feedforward_norm.undo_leave(grad)
-        grad = grad + self.feedforward_norm.undo_enter(self.feedforward.backward(part))
-        grad, part = self.cross_norm.undo_leave(grad)
-        part, memory = self.cross_attention.backward(part)
-        grad = grad + self.cross_norm.undo_enter(part)
-        grad, part = self.attention_norm.undo_leave(grad)
-        return grad + self.attention_norm.undo_enter(self.attention.backward(part)), memory
+        """The gradients of the stream and of the memory."""
+        of_memory: list[Tensor] = []
+
+        def undo_cross_attention(grad: Tensor) -> Tensor:
+            grad, memory = self.cross_attention.backward(grad)
+            of_memory.append(memory)
+            return grad
+
+        grad = self.undo_add(grad, self.feedforward_norm, self.feedforward.backward)
+        grad = self.undo_add(grad, self.cross_norm, undo_cross_attention)
+        return self.undo_add(grad, self.attention_norm, self.attention.backward), of_memory[0]
+
+
+class PostNormDecoderBlock(DecoderBlock, PostNormBlock):
+    """The same, each sum normalized: `add` and `undo_add` are PostNormBlock's."""
+
+
+DECODER_BLOCKS = {"pre": DecoderBlock, "post": PostNormDecoderBlock}
 
 
 class EncoderDecoderCache:
@@ -218,15 +175,16 @@ class EncoderDecoder(Layer):
         super().__init__()
         assert settings.vocabulary_size > 0, "the vocabulary size is set from the tokenizer before a model is built"
         self.settings = settings
-        size, post = settings.embedding_size, settings.norm_placement == "post"
+        size, placement = settings.embedding_size, settings.norm_placement
+        encoder_layers = settings.encoder_layers or settings.layers
         self.source_embedding = Embedding(settings.vocabulary_size, size)
         self.token_embedding = Embedding(settings.vocabulary_size, size)
         self.positions = SinusoidalPositions(size)
         self.source_dropout, self.dropout = Dropout(settings.dropout), Dropout(settings.dropout)
-        self.encoder = nn.ModuleList(EncoderBlock(settings) for _ in range(settings.encoder_layers or settings.layers))
-        self.encoder_norm = None if post else LayerNorm(size, epsilon=settings.norm_epsilon)
-        self.decoder = nn.ModuleList(DecoderBlock(settings) for _ in range(settings.layers))
-        self.norm = None if post else LayerNorm(size, epsilon=settings.norm_epsilon)
+        self.encoder = nn.ModuleList(BLOCKS[placement](*block_parts(settings)) for _ in range(encoder_layers))
+        self.encoder_norm = None if placement == "post" else LayerNorm(size, epsilon=settings.norm_epsilon)
+        self.decoder = nn.ModuleList(DECODER_BLOCKS[placement](settings) for _ in range(settings.layers))
+        self.norm = None if placement == "post" else LayerNorm(size, epsilon=settings.norm_epsilon)
         self.head = OutputHead(size, settings.vocabulary_size)
         self.loss = CrossEntropy(settings.label_smoothing)
         self.initialize()
@@ -271,10 +229,10 @@ class EncoderDecoder(Layer):
                                source_visible)  # fmt: skip
             source_visible = cache.source_visible
         assert source_visible is not None, "an encoder-decoder is called with a source, or a cache that has one"
-        batch, new = tokens.shape
+        new = tokens.shape[1]
         past = cache.length if cache is not None else 0
         if cache is not None:
-            mask = cache.target.extended_mask(mask, batch, new)
+            mask, _ = cache.target.extended(mask, None, tokens)
         sight = Sight.of(new, past, tokens.device, mask)  # in which padding takes no position
         visible = sight.visible(Pattern(), past)
         x = self.dropout(self.embed(self.token_embedding, tokens, sight.positions[..., past:]))
@@ -296,8 +254,8 @@ class EncoderDecoder(Layer):
         positions = Sight.of(source.shape[1], 0, source.device, mask).positions
         x = self.source_dropout(self.embed(self.source_embedding, source.masked_fill(~mask, 0), positions))
         for block in self.encoder:
-            assert isinstance(block, EncoderBlock)
-            x = block.run(x, visible)
+            assert isinstance(block, PreNormBlock)
+            x = block.run(x, None, visible)
         return (x if self.encoder_norm is None else self.encoder_norm(x)), visible
 
     def embed(self, embedding: Embedding, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -320,7 +278,7 @@ class EncoderDecoder(Layer):
         if self.encoder_norm is not None:
             memory = self.encoder_norm.backward(memory)
         for block in reversed(self.encoder):
-            assert isinstance(block, EncoderBlock)
+            assert isinstance(block, PreNormBlock)
             memory = block.undo(memory)
         self.source_embedding.backward(self.source_dropout.backward(memory) * scale)
 

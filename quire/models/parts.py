@@ -7,11 +7,10 @@ B batch, T new positions, S all positions (past and new), C channels, V vocabula
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from quire.layers.attention import MultiHeadAttention, Visible
-from quire.layers.cache import KeyValueCache
+from quire.layers.cache import KeyValueCache, Past
 from quire.layers.cross_entropy import CrossEntropy
 from quire.layers.dropout import Dropout
 from quire.layers.embedding import Embedding
@@ -109,61 +108,42 @@ class PositionPart(Part):
         return x + self.inner(reading.positions).to(x.dtype)
 
     def backward(self, grad: Tensor) -> Tensor:
-        (rows,) = self.saved()
+        (dimensions,) = self.saved()
         # One row of positions serves every row of the batch: its gradient is their sum.
-        self.inner.backward(grad.sum(0) if rows == 1 else grad)
+        self.inner.backward(grad.sum(0) if dimensions == 1 else grad)
         return grad
 
 
-class PartsCache:
-    """What each part remembers, side by side; which past positions are tokens, and where documents began.
+class PartsCache(Past):
+    """What each part remembers, side by side; None where it is nothing."""
 
-    `mask` and `begins` are (B, length), or None where no row is padded, or nobody asked.
-    """
+    def __init__(self, memories: list[Any]) -> None:
+        super().__init__()
+        self.memories = memories
 
-    def __init__(self, memories: list[Any], length: int = 0, mask: Tensor | None = None, begins: Tensor | None = None):
-        self.memories, self.length, self.mask, self.begins = memories, length, mask, begins
-
-    def extended(self, mask: Tensor | None, begins: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Mask and beginnings of past and new positions (B, S), given those of the new ones, shaped `like` (B, T)."""
-        if mask is not None or self.mask is not None:
-            new = torch.ones_like(like, dtype=torch.bool) if mask is None else mask
-            past = new.new_ones(len(like), self.length) if self.mask is None else self.mask
-            mask = torch.cat((past, new), dim=1)
-        if begins is not None and self.begins is not None:
-            begins = torch.cat((self.begins, begins), dim=1)
-        return mask, begins
-
-    def advance(self, count: int, mask: Tensor | None, begins: Tensor | None) -> None:
-        """All parts have read `count` positions; `mask` and `begins` are the extended ones."""
-        self.length += count
-        self.mask, self.begins = mask, begins
-        for memory in self.memories:
-            if memory is not None:
-                memory.length = self.length
+    def advance(self, count: int, mask: Tensor | None, begins: Tensor | None = None) -> None:
+        super().advance(count, mask, begins)
+        for memory in filter(None, self.memories):
+            memory.length = self.length
 
     def cut(self, length: int) -> None:
         """Forget all but the first `length` positions; a ValueError, and nothing forgotten, where a recurrent state
         stands between, which only nothing and all of it can be kept of."""
-        length = min(length, self.length)
         for memory in sorted(filter(None, self.memories), key=lambda memory: not isinstance(memory, Memory)):
             memory.cut(length)  # recurrent ones first: they alone refuse, and all of them alike
-        self.length = length
-        self.mask = None if self.mask is None else self.mask[:, :length]
-        self.begins = None if self.begins is None else self.begins[:, :length]
+        super().cut(length)
 
     def copy(self) -> "PartsCache":
         """An independent copy."""
-        return self._mapped(lambda memory: memory.copy(), lambda tensor: tensor.clone())
+        other = PartsCache([None if memory is None else memory.copy() for memory in self.memories])
+        other.take(self, slice(None))
+        return other
 
     def reordered(self, rows: Tensor) -> "PartsCache":
         """A new cache whose row i is this one's row rows[i]; rows may repeat or be left out."""
-        return self._mapped(lambda memory: memory.reordered(rows), lambda tensor: tensor[rows])
-
-    def _mapped(self, memory: Any, tensor: Any) -> "PartsCache":
-        memories = [None if old is None else memory(old) for old in self.memories]
-        mask, begins = (None if old is None else tensor(old) for old in (self.mask, self.begins))
-        return PartsCache(memories, self.length, mask, begins)
+        other = PartsCache([None if memory is None else memory.reordered(rows) for memory in self.memories])
+        other.take(self, rows)
+        return other
 
 
 class PartsModel(Layer):
@@ -197,7 +177,7 @@ class PartsModel(Layer):
 
         `mask` (B, T) is False on padding. A `cache` holds what came before `tokens`, and is extended by them.
         """
-        starts = self.document_begins(tokens, mask)
+        starts = self.settings.document_begins(tokens, mask)
         whole_mask, begins = cache.extended(mask, starts, tokens) if cache is not None else (mask, starts)
         reading = Reading(mask, starts)
         if self.looks_back:
@@ -223,13 +203,6 @@ class PartsModel(Layer):
             assert isinstance(part, Part)
             gradient = part.undo(gradient)
         self.token_embedding.backward(gradient)
-
-    def document_begins(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
-        """True on the separators among `tokens` (B, T), each of which begins a document; None where all is one."""
-        if not self.settings.separate_documents:
-            return None
-        begins = tokens == self.settings.separator
-        return begins if mask is None else begins & mask
 
     def new_cache(self, batch: int) -> PartsCache:
         """An empty cache for `batch` rows."""

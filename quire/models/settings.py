@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -15,3 +17,10 @@ class ModelSettings:
     context_length: int = 1024  # tokens a model sees at once
     separator: int = -1  # id of the token that begins a document; when training, taken from the tokenizer
     separate_documents: bool = False  # attention never crosses from one document into another in its window
+
+    def document_begins(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
+        """True on the separators among `tokens` (B, T), each of which begins a document; None where all is one."""
+        if not self.separate_documents:
+            return None
+        begins = tokens == self.separator
+        return begins if mask is None else begins & mask

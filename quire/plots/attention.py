@@ -5,7 +5,6 @@ of the weight, so that a weight of 0.01 can still be seen.
 """
 
 import math
-import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from quire import files
+from quire.tokenizers.tokenizer import visible
 
 DPI = 100  # pixels an inch: everything below is in pixels
 INK = "Blues"
@@ -24,17 +24,6 @@ WIDTH = 4600  # of a picture, at most, unless one head alone is wider
 LEGEND = "a row looks at its columns; the ink is the square root of the weight"
 HEADING, SMALL = 72, 96  # the height of a picture's title; the width of a head in the overview
 LINES, LINE, EDGE = 8, (222, 228, 236), (140, 150, 164)  # cells from this size on have lines between them; colours
-
-
-def visible(token: str) -> str:
-    """A token as a label: white space as signs, what has no shape of its own as its code."""
-    signs = {" ": "·", "\n": "⏎", "\r": "␍", "\t": "⇥", "": "∅"}
-    if token in signs:
-        return signs[token]
-    return "".join(
-        signs.get(c) or (f"\\u{{{ord(c):x}}}" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") else c)
-        for c in token
-    )
 
 
 def plot_attention(title: str, weights: np.ndarray, queries: Sequence[str], keys: Sequence[str], path: Path) -> None:
@@ -177,7 +166,7 @@ def _short(label: str) -> str:
 
 def _drawable(label: str) -> str:
     """What the font lacks is written as its code."""
-    return "".join(c if ord(c) in _glyphs() else f"\\u{{{ord(c):x}}}" for c in label)
+    return "".join(c if ord(c) in _glyphs() else c.encode("unicode_escape").decode() for c in label)
 
 
 @cache

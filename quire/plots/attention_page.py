@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from quire import files
-from quire.plots.attention import visible
+from quire.tokenizers.tokenizer import visible
 
 TEMPLATE = Path(__file__).with_name("attention.html")
 

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -21,7 +21,6 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 CACHED = 1 << 16  # words whose ids are kept
 
 Prefix = Literal["never", "always", "missing", "first"]
-PREFIXES: tuple[str, ...] = get_args(Prefix)
 
 
 class SentencePieceTokenizer(BytesTokenizer):

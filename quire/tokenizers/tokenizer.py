@@ -17,6 +17,8 @@ Special = Literal["error", "text", "token"]
 
 SEPARATOR, PADDING = "<|separator|>", "<|padding|>"
 
+SIGNS = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
+
 LONGEST_STRETCH = 1 << 24  # characters; a stretch without any place to cut is cut here all the same
 _CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=\S)")
 
@@ -217,3 +219,9 @@ def utf8(text: str) -> bytes:
             f"The text has half a surrogate pair (U+{ord(text[error.start]):04X}) at position {error.start}, which is"
             " no character. Take it out."
         ) from error
+
+
+def visible(text: str) -> str:
+    """A token's text with white space as signs, and other characters that do not print as their escapes; ∅ for none."""
+    shown = text.translate(SIGNS)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown) or "∅"

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from quire.generation.alternatives import alternatives, expectations, visible
+from quire.generation.alternatives import alternatives, expectations
 from quire.generation.generate import GenerationSettings, Writer
 from quire.run import Run
+from quire.tokenizers.tokenizer import visible
 
 CPU = torch.device("cpu")
 
@@ -73,7 +74,8 @@ def test_a_single_token_has_nothing_before_it(tiny: Run) -> None:
 def test_what_does_not_print_is_made_visible() -> None:
     assert visible(" a\n\tb\r") == "␣a↵⇥b␍"
     assert visible("\x1b[31m\x00\u200b\ue000") == "\\x1b[31m\\x00\\u200b\\ue000"
-    assert visible("é森 ") == "é森␣"
+    assert visible("é森😀 ") == "é森😀␣"
+    assert visible("\u202e") == "\\u202e" and visible("") == "∅"
 
 
 def test_json(tiny: Run, quire: Any) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from quire.inspection import attention as inspected
 from quire.inspection.attention import ScaledDotProductAttention, attention, longest, record
 from quire.layers.embedding import Embedding
 from quire.layers.layer import Layer
-from quire.layers.linear import OutputHead
 from quire.models import MODELS
 from quire.models.gpt import GPT, GPTSettings
 from quire.run import Run
@@ -133,8 +131,8 @@ def test_a_runs_attention(tiny: Run) -> None:
         probabilities = model(torch.tensor([ids]))[0].softmax(-1)
     for expected, row in zip(probabilities, found.alternatives, strict=True):
         best = expected.sort(descending=True, stable=True)
-        assert [name for name, _ in row] == [tiny.tokenizer.name(i) for i in best.indices[:5].tolist()]
-        assert [p for _, p in row] == pytest.approx(best.values[:5].tolist(), abs=1e-5)
+        assert [other.text for other in row] == [tiny.tokenizer.name(i) for i in best.indices[:5].tolist()]
+        assert [other.probability for other in row] == pytest.approx(best.values[:5].tolist(), abs=1e-5)
 
 
 def test_a_prompt_too_long_loses_its_beginning(tiny: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,50 +168,18 @@ def test_what_cannot_be_shown_is_said(tiny: Run) -> None:
 # ---- an encoder-decoder ----
 
 
-class Looks(Layer):
-    """One head in which every position of `x` (B, T, C) looks at `memory` (B, S, C)."""
-
-    def __init__(self, causal: bool = False) -> None:
-        super().__init__()
-        self.attend, self.causal = ScaledDotProductAttention(), causal
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        visible = None if self.causal else torch.ones(x.shape[1], memory.shape[1], dtype=torch.bool)
-        return x + self.attend(x[:, None], memory[:, None], memory[:, None], visible)[:, 0]
-
-
-class Copier(Layer):
-    """An encoder-decoder of the smallest kind, whose parts are named as usual."""
-
-    def __init__(self, vocabulary_size: int) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.settings = SimpleNamespace(reads_source=True, context_length=32)
-        self.decoder_self, self.cross_attention, self.encoder = Looks(causal=True), Looks(), nn.ModuleList([Looks()])
-        self.embedding, self.head = Embedding(vocabulary_size, 8), OutputHead(8, vocabulary_size)
-        nn.init.normal_(self.embedding.weight)
-        nn.init.normal_(self.head.weight)
-
-    def forward(self, tokens: Tensor, source: Tensor) -> Tensor:
-        memory = self.embedding(source)
-        for layer in self.encoder:
-            memory = layer(memory, memory)
-        x = self.embedding(tokens)
-        x = self.decoder_self(x, x)
-        return self.head(self.cross_attention(x, memory))
-
-
-def test_an_encoder_decoder_names_who_looks_at_what(tiny: Run) -> None:
-    model = Copier(tiny.tokenizer.vocabulary_size)
+def test_an_encoder_decoder_names_who_looks_at_what(tiny: Run, small_model) -> None:
+    shape = {"vocabulary_size": tiny.tokenizer.vocabulary_size, "separator": tiny.tokenizer.separator}
+    model = small_model("encoder-decoder", context_length=32, layers=1, **shape)
     found = attention(tiny, "The owl", model=model)
     written = found.ids["written"]
     assert found.tokens["prompt"] == list("The owl") and written[0] == tiny.tokenizer.separator
     assert [(layer.name, layer.queries, layer.keys) for layer in found.layers] == [
-        ("decoder_self", "written", "written"),
-        ("cross_attention", "written", "prompt"),
-        ("encoder.0", "prompt", "prompt"),
+        ("encoder.0.attention", "prompt", "prompt"),
+        ("decoder.0.attention", "written", "written"),
+        ("decoder.0.cross_attention", "written", "prompt"),
     ]
-    assert found.layers[1].weights.shape == (1, len(written), 7)
+    assert found.layers[2].weights.shape == (4, len(written), 7)
     assert found.predicted == "written" and len(found.alternatives) == len(written) > 1
     names = [tiny.tokenizer.name(i) for i in written]
-    assert [row[0][0] for row in found.alternatives[:-1]] == names[1:], "it is written greedily"
+    assert [row[0].text for row in found.alternatives[:-1]] == names[1:], "it is written greedily"

@@ -42,10 +42,10 @@ def test_gpt2_s_arithmetic_is_the_formula_s():
     assert size_of(settings).parameters == 124_439_808
 
 
-def test_recomputed_blocks_halve_the_memory_of_a_deep_model():
-    for preset in ("default", "gpt-mini", "sparse"):
-        found = size_of(settings_of(preset, layers=12))
-        assert found.recomputed_window_bytes < found.window_bytes / 2
+@pytest.mark.parametrize("preset", ["default", "gpt-mini", "sparse", "rnn", "lstm", "gru", "transformer-base"])
+def test_recomputed_blocks_halve_the_memory_of_a_deep_model(preset):
+    found = size_of(settings_of(preset, layers=12))
+    assert found.recomputed_window_bytes < found.window_bytes / 2
 
 
 def test_a_window_s_cache_is_no_larger_in_a_longer_context():

@@ -149,9 +149,9 @@ def test_smaller_types_are_close_and_norms_stay_exact(random_run, tmp_path, kind
         ({"kind": "modern", "qk_norm": True, "qkv_bias": True}, "both qk_norm and qkv_bias"),
         ({"kind": "modern", "qk_norm": True, **LLAMA3}, "llama3"),
         ({"kind": "sparse"}, "its kind is sparse"),
-        ({"kind": "gpt", "positions": "sinusoidal"}, "positions is sinusoidal"),
+        ({"kind": "gpt", "positions": "sinusoidal"}, "positions are sinusoidal"),
         ({"kind": "gpt", "feedforward": "relu"}, "feedforward is relu, not gelu-tanh"),
-        ({"kind": "gpt", "kv_heads": 2}, "as many kv_heads as heads"),
+        ({"kind": "gpt", "kv_heads": 2}, "kv_heads are 2, not as many as heads"),
     ],
 )
 def test_what_llama_cpp_lacks_is_refused_by_name(random_run, tmp_path, settings, said):

@@ -1,38 +1,36 @@
 """JSON: every kind of model goes out and comes back, bit for bit; and what is refused of a changed file."""
 
-import dataclasses
 import json
 
 import pytest
 import torch
 
 import quire
+from quire.config import to_table
 from quire.errors import UserError
 from quire.interop import export_model, import_model
 from quire.interop.imported import Foreign, create
 from quire.models import MODELS, build_model
 
-SMALL = {
-    "context_length": 12, "embedding_size": 16, "hidden_size": 16, "layers": 2, "heads": 4, "kv_heads": 2,
-    "feedforward_size": 24, "window": 4, "stack": [{"kind": "embedding", "size": 16}, {"kind": "gru", "size": 12}],
-}  # fmt: skip
 
+@pytest.fixture
+def a_run(small_settings):
+    """Makes a run of a kind, all its weights random."""
 
-def a_run(kind, tokenizer, path):
-    """A run of that kind, all its weights random."""
-    settings = MODELS[kind].Settings
-    names = {field.name for field in dataclasses.fields(settings)}
-    table = {name: value for name, value in {**SMALL, "kind": kind}.items() if name in names}
-    own = {"vocabulary_size": tokenizer.vocabulary_size, "separator": tokenizer.separator}
-    model = build_model(settings(**table, **own))
-    generator = torch.Generator().manual_seed(1)
-    tensors = [(name, torch.randn(weight.shape, generator=generator) / 3) for name, weight in model.named_parameters()]
-    origin = {"format": "test", "path": "elsewhere", "bytes": 1, "sha256": "0"}
-    return create(Foreign(table, tensors, tokenizer, origin), path)
+    def make(kind, tokenizer, path):
+        own = {"vocabulary_size": tokenizer.vocabulary_size, "separator": tokenizer.separator}
+        model = build_model(small_settings(kind, layers=2, **own))
+        generator = torch.Generator().manual_seed(1)
+        named = model.named_parameters()
+        tensors = [(name, torch.randn(weight.shape, generator=generator) / 3) for name, weight in named]
+        origin = {"format": "test", "path": "elsewhere", "bytes": 1, "sha256": "0"}
+        return create(Foreign(to_table(model.settings), tensors, tokenizer, origin), path)
+
+    return make
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_kind_of_model_comes_back_bit_for_bit(kind, characters, tmp_path):
+def test_every_kind_of_model_comes_back_bit_for_bit(kind, characters, tmp_path, a_run):
     run = a_run(kind, characters, tmp_path / "run")
     export_model(run, "json", tmp_path / "model.json")
     again = import_model(str(tmp_path / "model.json"), tmp_path / "again")
@@ -44,7 +42,7 @@ def test_every_kind_of_model_comes_back_bit_for_bit(kind, characters, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_another_program_finds_every_layer_by_its_kind_and_can_compute_with_it(byte_bpe, tmp_path):
+def test_another_program_finds_every_layer_by_its_kind_and_can_compute_with_it(byte_bpe, tmp_path, a_run):
     run = a_run("gpt", byte_bpe, tmp_path / "run")
     export_model(run, "json", tmp_path / "model.json")
     whole = json.loads((tmp_path / "model.json").read_text())
@@ -60,7 +58,7 @@ def test_another_program_finds_every_layer_by_its_kind_and_can_compute_with_it(b
     assert whole["settings"]["heads"] == 4
 
 
-def test_awkward_numbers_come_back(characters, tmp_path):
+def test_awkward_numbers_come_back(characters, tmp_path, a_run):
     run = a_run("gpt", characters, tmp_path / "run")
     bits = torch.randint(-(2**31), 2**31, (5000,), generator=torch.Generator().manual_seed(2)).to(torch.int32)
     numbers = bits.view(torch.float32)
@@ -85,7 +83,7 @@ def test_a_trained_run_comes_back_and_writes_the_same(tiny, tmp_path):
         assert written[0] == written[1]
 
 
-def test_damage_is_a_sentence(characters, tmp_path, quire):
+def test_damage_is_a_sentence(characters, tmp_path, quire, a_run):
     run = a_run("modern", characters, tmp_path / "run")
     export_model(run, "json", tmp_path / "model.json")
     text = (tmp_path / "model.json").read_text()
@@ -124,7 +122,7 @@ def test_damage_is_a_sentence(characters, tmp_path, quire):
     refused(with_layer(0, parameters=more), "token_embedding.more")
 
 
-def test_numbers_that_json_lacks_are_refused(characters, tmp_path):
+def test_numbers_that_json_lacks_are_refused(characters, tmp_path, a_run):
     from quire import checkpoint
 
     run = a_run("gpt", characters, tmp_path / "run")

@@ -247,28 +247,3 @@ def test_cached_and_batched_writing_is_plain_writing(kind):
     for cached in (True, False):
         together = list(islice(tokens(model, prompts, choose, CPU, cached), count))
         assert [list(row) for row in zip(*together, strict=True)] == expected
-
-
-def test_gradient_checkpointing_halves_what_is_kept():
-    """By the tensors that autograd holds for backward, of eight layers."""
-    model = built({"kind": "recurrent", "layers": 8, "embedding_size": 16}).train()
-    rows = random_tokens(4, 14)
-
-    def kept() -> int:
-        sizes: dict[int, int] = {}
-
-        def count(tensor: Tensor) -> Tensor:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            loss = model(rows, rows)
-        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        del loss
-        return sum(size for pointer, size in sizes.items() if pointer not in weights)
-
-    before = kept()
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.recomputed = True
-    assert kept() < before / 2

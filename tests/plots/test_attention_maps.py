@@ -10,7 +10,7 @@ import pytest
 from matplotlib import colormaps
 
 from quire.plots import attention as drawing
-from quire.plots.attention import plot_attention, plot_overview, pooled, visible
+from quire.plots.attention import plot_attention, plot_overview, pooled
 
 AWKWARD = ["<script>", "$x$", "森", "😀", "\n", " the", "שלום", "\u202e", "\x00", "", "a" * 99, "\\xe6", "_^{", "%"]
 
@@ -86,9 +86,3 @@ def test_pooling_keeps_the_largest() -> None:
     starts = np.arange(30) * 100 // 30
     assert small[7, 3] == values[starts[7] : starts[8], starts[3] : starts[4]].max()
     assert pooled(values[:5, :7], 30).shape == (5, 7)
-
-
-def test_tokens_made_visible() -> None:
-    assert [visible(token) for token in (" the", "\n", "\t\r", "", "a\u200bb", "\x1b", "é森😀")] == [
-        "·the", "⏎", "⇥␍", "∅", "a\\u{200b}b", "\\u{1b}", "é森😀",
-    ]  # fmt: skip

@@ -157,7 +157,7 @@ def test_the_heat_map_under_the_mouse(tmp_path: Path, browser) -> None:
     browser.move(x + left + 1.5 * cell, y + top + 3.5 * cell)
     share = maps[0].weights[0, 3, 1]
     said = browser.run("document.querySelector('#said').textContent")
-    assert said.startswith("<script>alert(1)</script> (3) attends to ·be (1) with ")
+    assert said.startswith("<script>alert(1)</script> (3) attends to ␣be (1) with ")
     assert abs(float(said.split()[-1]) - share) < 0.005
     assert browser.run(CHOSEN) == "<script>alert(1)</script>"
     context = "document.querySelector('#map').getContext('2d')"
@@ -199,7 +199,7 @@ def test_no_text_becomes_markup(tmp_path: Path, browser) -> None:
     assert browser.run("document.scripts.length") == 2
     assert browser.run("document.querySelectorAll('.strip script, .strip b b, table b, h1 i').length") == 0
     shown = browser.run("[...document.querySelectorAll('.token')].map(t => t.textContent)")
-    visible = {" be": "·be", "\n": "⏎", "\u202e": "\\u{202e}"}
+    visible = {" be": "␣be", "\n": "↵", "\u202e": "\\u202e"}
     assert shown == [visible.get(token, token) for token in TOKENS]
     assert browser.errors == []
 
