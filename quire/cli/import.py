@@ -36,8 +36,8 @@ def run(words: list[str]) -> int:
         })  # fmt: skip
         return 0
     say(
-        f"{imported.path}: a {settings.kind} of {parameters:,} parameters, vocabulary {settings.vocabulary_size:,},"
-        f" context {settings.context_length:,}.",
+        f"{imported.path}: a {settings.kind} model of {parameters:,} parameters,"
+        f" vocabulary {settings.vocabulary_size:,}, context {settings.context_length:,}.",
         "bold",
     )
     for name in ("licence", "attribution"):

@@ -310,7 +310,7 @@ def announce(run: Run, trainer: Trainer) -> None:
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     state, shape, threads = trainer.state, run.settings, torch.get_num_threads()
     length = f"{state.end - state.start:,} steps" if state.end else f"{state.minutes:g} minutes"
-    kind = f"{'an' if shape.kind[0] in 'aeiou' else 'a'} {shape.kind}"
+    kind = f"{'an' if shape.kind[0] in 'aeiou' else 'a'} {shape.kind} model"
     say(
         f"Training {run.path}: {kind} of {parameters:,} parameters, context {shape.context_length},"
         f" for {length} on {trainer.device} ({threads} thread{'s' * (threads != 1)})."
