@@ -15,3 +15,8 @@ class ModelSettings:
     context_length: int = 1024  # tokens a model sees at once
     separator: int = -1  # id of the token that begins a document; when training, taken from the tokenizer
     separate_documents: bool = False  # attention never crosses from one document into another in its window
+
+    @property
+    def named(self) -> str:
+        """Its kind as a sentence has it: "a gpt model"."""
+        return f"{'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind} model"

@@ -31,6 +31,17 @@ def a_run(kind, tokenizer, path):
     return create(Foreign(table, tensors, tokenizer, origin), path)
 
 
+def test_a_model_with_an_encoder_is_told_of_with_pairs(characters, tmp_path, quire):
+    run = a_run("encoder-decoder", characters, tmp_path / "run")
+    export_model(run, "json", tmp_path / "model.json")
+    said = quire("import", str(tmp_path / "model.json"), "--run", str(tmp_path / "again"))
+    assert said.code == 0 and ": an encoder-decoder model of " in said.plain
+    assert "--pairs FILE --minutes 10" in said.plain and "YOUR.txt" not in said.plain
+    for command in ("evaluate", "resume"):
+        said = quire(command, str(tmp_path / "again"))
+        assert said.code == 2 and f"{tmp_path / 'again'} --pairs FILE" in said.plain
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_kind_of_model_comes_back_bit_for_bit(kind, characters, tmp_path):
     run = a_run(kind, characters, tmp_path / "run")
