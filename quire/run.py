@@ -99,8 +99,8 @@ class Run:
 
     @property
     def text_argument(self) -> str:
-        """How a command names what its model can read: a text, or pairs where it has an encoder."""
-        return "--pairs FILE" if self.settings.reads_source else "TEXT"
+        """How a command names what its model can read: a text, or pairs where it answers such."""
+        return "--pairs FILE" if self.pairs else "TEXT"
 
     def validation_tokens(self) -> np.ndarray:
         """The held-out tokens, a separator first."""
@@ -120,7 +120,8 @@ class Run:
     @property
     def pairs(self) -> bool:
         """Whether it takes pairs: its model answers a source by a target. Other models go on with a text."""
-        return self.settings.reads_source or bool(self.config.get("data", {}).get("pairs"))
+        trained = bool(self.config.get("data", {}).get("pairs"))
+        return self.settings.reads_source or trained or bool(self.manifest.get("pairs"))
 
     def examples(self, tokens: np.ndarray | TokenStream, seed: int = 0) -> Examples:
         """A token stream as this model takes it: as it is, or in pairs."""

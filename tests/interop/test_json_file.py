@@ -7,14 +7,17 @@ import pytest
 import torch
 
 import quire
+from quire import files
 from quire.errors import UserError
 from quire.interop import export_model, import_model
 from quire.interop.imported import Foreign, create
 from quire.models import MODELS, build_model
+from quire.run import Run
 
 SMALL = {
     "context_length": 12, "embedding_size": 16, "hidden_size": 16, "layers": 2, "heads": 4, "kv_heads": 2,
     "feedforward_size": 24, "window": 4,
+    "stack": [{"kind": "embedding", "size": 16}, {"kind": "lstm"}, {"kind": "block", "hidden_size": 24}],
 }  # fmt: skip
 
 
@@ -40,6 +43,17 @@ def test_a_model_with_an_encoder_is_told_of_with_pairs(characters, tmp_path, qui
     for command in ("evaluate", "resume"):
         said = quire(command, str(tmp_path / "again"))
         assert said.code == 2 and f"{tmp_path / 'again'} --pairs FILE" in said.plain
+
+
+def test_a_decoder_of_pairs_comes_back_as_one(characters, tmp_path):
+    run = a_run("modern", characters, tmp_path / "run")
+    files.write_json(run.path / "manifest.json", {**run.manifest, "pairs": True})
+    run = Run(run.path)
+    export_model(run, "json", tmp_path / "model.json")
+    again = import_model(str(tmp_path / "model.json"), tmp_path / "again")
+    assert run.pairs and again.pairs
+    answers = [quire.generate(each, prompt="the", tokens=5, temperature=0)[0].tokens for each in (run, again)]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("kind", MODELS)
