@@ -17,7 +17,7 @@ from quire.tokenizers import TOKENIZERS
 from quire.training.optimizers import OPTIMIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = "--steps 4 --model.layers 1 --model.context-length 32 --model.embedding-size 32 --model.heads 2 --batch-size 2"
+SMALL = "--steps 4 --model.layers 1 --model.context-length 32 --model.embedding-size 32 --batch-size 2"
 VERSE = "The owl that calls upon the night\nspeaks the unbeliever's fright. O wake,\n"
 
 
@@ -34,6 +34,7 @@ def cut_down(command: str) -> list[str]:
             while flag in words:
                 del words[words.index(flag) : words.index(flag) + 2]
         words += shlex.split(SMALL) if words[0] == "train" else ["--steps", "3"]
+        words += ["--model.heads", "2"] if words[0] == "train" and "lstm" not in words else []
     if words[0] == "generate":
         words += ["--tokens", "5"]
     return words
@@ -45,6 +46,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("book.txt", "poems.txt", "other.txt"):
         (tmp_path / name).write_text(VERSE * 60)
     (tmp_path / "names.txt").write_text("\n".join(f"anna bert carla dora {i}" for i in range(200)))
+    (tmp_path / "phrases.tsv").write_text("".join(f"the owl {i}\towl number {i} calls\n" for i in range(60)))
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "one.md").write_text("the night calls upon the owl, that fright\n" * 60)
     monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ from quire.cli.runs import size
 from quire.config import PRESETS
 from quire.inspection.size import size_of
 from quire.models import MODELS
+from quire.progress import bar
 from quire.training.settings import layered, typed
 
 CHARACTERS = 100  # the vocabulary that a preset without one is measured with: what a text in English has, about
@@ -28,7 +29,12 @@ class Arguments:
 def run(words: list[str]) -> int:
     """List them."""
     given = parse(Arguments, words, "models")
-    rows = sorted((row(name) for name in PRESETS), key=lambda line: list(MODELS).index(line["kind"]))
+    rows = []
+    with bar("measuring") as show_progress:
+        for number, name in enumerate(PRESETS):
+            show_progress(number / len(PRESETS), preset=name)
+            rows.append(row(name))
+    rows.sort(key=lambda line: list(MODELS).index(line["kind"]))
     if given.json:
         print_json({"models": rows})
     else:

@@ -14,7 +14,7 @@ Draw = Callable[[random.Random], tuple[str, str, Hashable]]  # source, target, k
 
 SEED = 1337
 LONGEST = 10  # symbols
-LARGEST = 999
+DIGITS = 3  # of the numbers: to 999
 FIRST_DAY, DAYS = date(1900, 1, 1), 73_049  # up to 2099
 MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
@@ -63,16 +63,21 @@ def sort(generator: random.Random) -> tuple[str, str, Hashable]:
     return source, target, target
 
 
+def _number(generator: random.Random) -> int:
+    """A number to 999, of one to three digits equally often: else nine of ten would have three."""
+    return generator.randint(0, int("9" * generator.randint(1, DIGITS)))
+
+
 def addition(generator: random.Random) -> tuple[str, str, Hashable]:
     """Two numbers to 999, and their sum. 3+5 and 5+3 are one key."""
-    a, b = generator.randint(0, LARGEST), generator.randint(0, LARGEST)
+    a, b = _number(generator), _number(generator)
     return f"{a}+{b}", f"{a + b}", (min(a, b), max(a, b))
 
 
 def subtraction(generator: random.Random) -> tuple[str, str, Hashable]:
-    """Two numbers to 999, and their difference, which may be negative. 3-5 and 5-3 are one key."""
-    a, b = generator.randint(0, LARGEST), generator.randint(0, LARGEST)
-    return f"{a}-{b}", f"{a - b}", (min(a, b), max(a, b))
+    """Two numbers to 999, the larger first, and their difference."""
+    small, large = sorted((_number(generator), _number(generator)))
+    return f"{large}-{small}", f"{large - small}", (small, large)
 
 
 def dates(generator: random.Random) -> tuple[str, str, Hashable]:

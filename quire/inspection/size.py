@@ -2,7 +2,8 @@
 
 Measured on a model of torch's fake tensors, which have shapes and no contents, so that it holds for any kind of model.
 Of a deep stack two shallow ones are measured, and the rest follows by a straight line: exactly so where all layers are
-alike, nearly so where they take turns.
+alike, nearly so where they take turns. Without attention costs are in proportion to the length, and a short window will
+do.
 """
 
 from collections.abc import Iterable
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire.layers.attention import ScaledDotProductAttention
 from quire.layers.layer import Block, recording
 from quire.models.settings import ModelSettings
 from quire.run import empty_model
 
 FLOAT = 4  # bytes of a float32
 ADAM = 4 * FLOAT  # a weight, its gradient, and the two moments of Adam
+SHORT = 32  # tokens
 DEEP, SHALLOW = 6, (2, 3)  # from so many layers on, stacks of these depths are measured
 
 
@@ -58,7 +61,9 @@ def _measured(settings: ModelSettings) -> Size:
 
     with FakeTensorMode():
         model = empty_model(settings, torch.device("cpu")).train()
-        tokens = torch.zeros(1, settings.context_length, dtype=torch.long)
+        looks_back = any(isinstance(module, ScaledDotProductAttention) for module in model.modules())
+        length = settings.context_length if looks_back else min(SHORT, settings.context_length)
+        tokens = torch.zeros(1, length, dtype=torch.long)
         given = {"tokens": tokens} | ({"source": tokens} if settings.reads_source else {})
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), recording(model), counter:  # recorded, every product is spelled out
@@ -68,12 +73,12 @@ def _measured(settings: ModelSettings) -> Size:
             for module in model.modules():
                 if isinstance(module, Block):
                     module.recomputed = recomputed
-            kept.append(_kept_bytes(model, {**given, "targets": tokens}))
+            kept.append(_kept_bytes(model, {**given, "targets": tokens}) * settings.context_length // length)
         cache = model.eval().new_cache(1)
         with torch.no_grad():
             model(**given, cache=cache)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-    flops = counter.get_total_flops() // settings.context_length
+    flops = counter.get_total_flops() // length
     return Size(parameters, flops, kept[0], kept[1], _bytes(_tensors(cache)))
 
 

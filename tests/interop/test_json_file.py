@@ -16,8 +16,7 @@ from quire.run import Run
 
 SMALL = {
     "context_length": 12, "embedding_size": 16, "hidden_size": 16, "layers": 2, "heads": 4, "kv_heads": 2,
-    "feedforward_size": 24, "window": 4,
-    "stack": [{"kind": "embedding", "size": 16}, {"kind": "lstm"}, {"kind": "block", "hidden_size": 24}],
+    "feedforward_size": 24, "window": 4, "stack": [{"kind": "embedding", "size": 16}, {"kind": "gru", "size": 12}],
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def test_the_story_of_the_published_model_is_its_150_tokens(shared):
     story = re.sub(r" ?[\d.]+\n*$", "", lines[2]).replace("<0x0A>", "\n").removeprefix(" ")
     ids = tokenizer.encode(story)
     assert len(ids) == 150 and tokenizer.decode(ids) == story and 13 in ids  # <0x0A>, the line end
-    assert tokenizer.specials == {"<unk>": 0, "<s>": 1, "</s>": 2} and tokenizer.separator == 2
+    assert tokenizer.specials == {"<unk>": 0, "<s>": 1, "</s>": 2} and tokenizer.separator == 1
     decoder = tokenizer.decoder()
     assert "".join(map(decoder.push, [1, *ids])) == story
 

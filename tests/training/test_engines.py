@@ -37,7 +37,7 @@ def trainer(model: dict[str, Any] | None = None, **training: Any) -> Trainer:
 
     run: Any = SimpleNamespace(
         settings=settings, fresh_model=fresh_model, validation_tokens=lambda: TOKENS, path=Path("nowhere"),
-        manifest={"report": {}},
+        manifest={"report": {}}, examples=lambda tokens, seed=0: tokens, pairs=False,
     )  # fmt: skip
     defaults = {"steps": 1000, "learning_rate": 1e-2, "matrix_learning_rate": 1e-2, "warmup_steps": 3, "compile": "no"}
     made = Trainer(run, TrainingSettings(**{**defaults, **training}), TOKENS, CPU, 0.0)
