@@ -97,15 +97,21 @@ class Run:
         """Whether its model came from another program: then it has no training text, held-out text or metrics."""
         return "imported_from" in self.manifest
 
+    @property
+    def text_argument(self) -> str:
+        """How a command names what its model can read: a text, or pairs where it answers such."""
+        return "--pairs FILE" if self.pairs else "TEXT"
+
     def validation_tokens(self) -> np.ndarray:
         """The held-out tokens, a separator first."""
         path = self.path / "data" / "validation.bin"
+        text = self.text_argument
         if self.imported:
             raise UserError(
-                f"{self.path} was imported, without a held-out text. Name one: quire evaluate {self.path} TEXT"
+                f"{self.path} was imported, without a held-out text. Name one: quire evaluate {self.path} {text}"
             )
         if not path.is_file():
-            raise UserError(f"{path} is missing. Restore it, or evaluate on a text: quire evaluate {self.path} TEXT")
+            raise UserError(f"{path} is missing. Restore it, or evaluate on a text: quire evaluate {self.path} {text}")
         data = path.read_bytes()
         if files.crc32(data) != self.manifest["validation"]["crc32"]:
             raise UserError(f"{path} is damaged: it does not match its checksum. Restore it from a copy.")
@@ -114,7 +120,8 @@ class Run:
     @property
     def pairs(self) -> bool:
         """Whether it takes pairs: its model answers a source by a target. Other models go on with a text."""
-        return self.settings.reads_source or bool(self.config.get("data", {}).get("pairs"))
+        trained = bool(self.config.get("data", {}).get("pairs"))
+        return self.settings.reads_source or trained or bool(self.manifest.get("pairs"))
 
     def examples(self, tokens: np.ndarray | TokenStream, seed: int = 0) -> Examples:
         """A token stream as this model takes it: as it is, or in pairs."""

@@ -51,6 +51,15 @@ def test_a_whole_number_serves_where_a_fraction_may_stand():
 # ---- mistakes -----------------------------------------------------------------------------------------------------
 
 
+def test_a_setting_of_another_kind_of_model_names_the_kinds_that_have_it():
+    with pytest.raises(UserError) as said:
+        typed({"model": {"kind": "modern", "stack": [{"kind": "embedding", "size": 8}]}})
+    assert str(said.value) == (
+        "The kind of model is 'modern', which has no setting 'stack'. These have: stack."
+        ' Say which, as in kind = "stack" under [model].'
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "table", "says"),
     [

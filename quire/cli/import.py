@@ -36,13 +36,13 @@ def run(words: list[str]) -> int:
         })  # fmt: skip
         return 0
     say(
-        f"{imported.path}: a {settings.kind} of {parameters:,} parameters, vocabulary {settings.vocabulary_size:,},"
-        f" context {settings.context_length:,}.",
+        f"{imported.path}: {settings.named} of {parameters:,} parameters,"
+        f" vocabulary {settings.vocabulary_size:,}, context {settings.context_length:,}.",
         "bold",
     )
     for name in ("licence", "attribution"):
         if name in imported.manifest:
             say(f"{name.capitalize()}: {imported.manifest[name]}")
-    name, path = program(), imported.path
-    say(f"\nNext:  {name} generate {path}\n       {name} finetune {path} YOUR.txt --minutes 10 --run NEW")
+    name, path, text = program(), imported.path, imported.text_argument.replace("TEXT", "YOUR.txt")
+    say(f"\nNext:  {name} generate {path}\n       {name} finetune {path} {text} --minutes 10 --run NEW")
     return 0

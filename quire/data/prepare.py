@@ -77,7 +77,8 @@ def split(documents: Documents) -> tuple[Documents, Documents, str]:
         training, held_out = documents[: -count * group], documents[-count * group :]
         if group > 1:
             training, _, _ = training.without(held_out.marks(), documents.text.parent / "training.bin")
-        return training, held_out, f"the last {count} {'pairs' if group > 1 else 'documents'}"
+        unit = "pair" if group > 1 else "document"
+        return training, held_out, f"the last {unit}" if count == 1 else f"the last {count} {unit}s"
     missing, last = int(room), len(documents)
     aside: list[np.ndarray] = []
     cut = np.empty((0, 3), dtype=np.int64)  # what is left for training of the document that is cut
@@ -118,6 +119,8 @@ def prepare(
     ready = wanted if isinstance(wanted, Tokenizer) else None if wanted in TOKENIZERS else load_tokenizer(wanted)
     if validation is None:
         training, held_out, how = split(corpus.documents)
+        if len(corpus.documents) > len(held_out) and not len(training):
+            raise UserError("No pair is left to train on: every source is that of a pair held out. Give other pairs.")
     else:
         training, held_out, how = corpus.documents, validation.documents, "the validation text"
     _check_sizes(training, held_out, named=validation is not None)

@@ -101,7 +101,8 @@ def target_bytes(pairs: Pairs, tokenizer: Tokenizer, name: str) -> int:
     if not pairs.examples():
         raise UserError(f"No pair of {name} fits the model's context length of {pairs.context_length} tokens.")
     if pairs.left_out:
-        say(f"{pairs.left_out:,} pairs do not fit the context length of {pairs.context_length} tokens: left out.")
+        fit = "pair does not fit" if pairs.left_out == 1 else "pairs do not fit"
+        say(f"{pairs.left_out:,} {fit} the context length of {pairs.context_length} tokens: left out.")
     return pairs.target_bytes(tokenizer)
 
 

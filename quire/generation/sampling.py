@@ -34,7 +34,7 @@ class SamplingSettings:
         if not 0 <= self.min_p <= 1:
             raise UserError(f"--min-p must be between 0 and 1, not {self.min_p}.")
         if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(f"--repetition-penalty must be above 0, not {self.repetition_penalty}.")
+            raise UserError(f"--repetition-penalty must be a finite number above 0, not {self.repetition_penalty}.")
         if not math.isfinite(self.presence_penalty):
             raise UserError(f"--presence-penalty must be a finite number, not {self.presence_penalty}.")
 

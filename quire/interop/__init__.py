@@ -60,6 +60,8 @@ def found(source: str, tokenizer: Path | None) -> Foreign:
     for importer in IMPORTERS.values():
         if importer.recognizes(path):
             return importer.read(path, tokenizer)
+    if (path / "manifest.json").is_file() and (path / "checkpoints").is_dir():
+        raise UserError(f"{path} is a run of Quire's already: generate from it, or export it, as it is.")
     raise UserError(f"{path} is no model that Quire knows. It imports {KINDS}.")
 
 

@@ -1,7 +1,7 @@
 """A whole model as one JSON file, for programs that know nothing of Quire: every layer by its kind, every number.
 
     {"format": "quire-json-1", "settings": {...}, "tokenizer": {...}, "prompt_prefix": [...], "separators": N,
-     "layers": [{"name": "blocks.0.attention.query", "kind": "Linear",
+     "pairs": false, "layers": [{"name": "blocks.0.attention.query", "kind": "Linear",
                  "parameters": {"weight": {"shape": [16, 16], "values": [row after row]}}, "shares": {}}, ...]}
 
 `kind` is the name of the layer's class in quire/layers, where its forward pass stands. A tied parameter is written
@@ -68,7 +68,7 @@ def write(run: Run, out: Path, weights: str = "") -> None:
         say(f"{count:,} numbers as text: about {gigabytes(count * BYTES)}.")
     tokenizer = {"kind": run.tokenizer.kind, **run.tokenizer.to_table()}
     head: Table = {"format": FORMAT, "settings": to_table(run.settings), "tokenizer": tokenizer}
-    head |= {"prompt_prefix": run.prompt_prefix(), "separators": run.manifest["separators"]}
+    head |= {"prompt_prefix": run.prompt_prefix(), "separators": run.manifest["separators"], "pairs": run.pairs}
 
     def store(new: Path) -> None:
         with open(new, "w", encoding="ascii", newline="\n") as file, bar("writing") as show:
@@ -126,7 +126,9 @@ def read(path: Path, tokenizer: Path | None = None) -> Foreign:
         "format": FORMAT, "path": str(path.resolve()), "bytes": path.stat().st_size, "sha256": files.sha256_of(path),
     }  # fmt: skip
     known = tokenizer_of(path, table.get("tokenizer"))
-    return Foreign(settings, found, known, origin, prefix, {"separators": separators})
+    return Foreign(
+        settings, found, known, origin, prefix, {"separators": separators, "pairs": table.get("pairs") is True}
+    )
 
 
 def parsed(path: Path) -> Table:

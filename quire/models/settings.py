@@ -24,3 +24,8 @@ class ModelSettings:
             return None
         begins = tokens == self.separator
         return begins if mask is None else begins & mask
+
+    @property
+    def named(self) -> str:
+        """Its kind as a sentence has it: "a gpt model"."""
+        return f"{'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind} model"

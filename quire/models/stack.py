@@ -134,7 +134,9 @@ class Attention(Wrapped):
     bias: bool = False  # biases of its maps
 
     def complaint(self, inputs: int, before: str) -> str:
-        if self.heads < 1 or self.kv_heads < 0 or self.head_size < 0 or self.heads % (self.kv_heads or self.heads):
+        if self.heads < 1 or self.kv_heads < 0 or self.head_size < 0:
+            return "must have at least one head, and kv_heads and head_size of at least 0."
+        if self.heads % (self.kv_heads or self.heads):
             return f"has {self.heads} heads, {self.kv_heads} kv_heads: the second must divide the first."
         if not self.head_size and inputs % self.heads:
             return (
@@ -200,6 +202,10 @@ class Normalized(Entry):
     """A normalization of the stream itself."""
 
     epsilon: float = 1e-5  # added to the variance
+
+    def complaint(self, inputs: int, before: str) -> str:
+        right = 0 < self.epsilon < float("inf")
+        return "" if right else f"must have a finite epsilon above 0, not {self.epsilon}."
 
     def parts(self, inputs: int, size: int, context_length: int) -> list[Part]:
         return [Part(NORMALIZATIONS[self.kind](size, epsilon=self.epsilon))]

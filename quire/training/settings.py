@@ -122,6 +122,13 @@ def typed(table: Table) -> Settings:
     """The settings that a table spells; unknown tables, keys, kinds and choices are UserErrors."""
     model = sections(table).get("model", {})
     kind = choose("--model.kind", model.get("kind", "gpt"), list(MODELS))
+    known = {other: {setting.name for setting in fields(MODELS[other].Settings)} for other in MODELS}
+    for name in (name for name in model if name not in known[kind]):
+        if others := [other for other in MODELS if name in known[other]]:
+            raise UserError(
+                f"The kind of model is {kind!r}, which has no setting {name!r}. These have: {', '.join(others)}."
+                f' Say which, as in kind = "{others[0]}" under [model].'
+            )
     return Settings(
         from_table(DataSettings, table.get("data", {}), "data"),
         from_table(MODELS[kind].Settings, model, "model"),

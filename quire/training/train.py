@@ -210,7 +210,7 @@ def reopened(
     if run.imported:
         raise UserError(
             f"{run.path} was imported: there is no training to resume. To train its model on a text:"
-            f" quire finetune {run.path} TEXT --run NEW"
+            f" quire finetune {run.path} {run.text_argument} --run NEW"
         )
     training = from_table(TrainingSettings, run.config.get("training", {}), "training")
     training = replace(
@@ -310,9 +310,8 @@ def announce(run: Run, trainer: Trainer) -> None:
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     state, shape, threads = trainer.state, run.settings, torch.get_num_threads()
     length = f"{state.end - state.start:,} steps" if state.end else f"{state.minutes:g} minutes"
-    kind = f"{'an' if shape.kind[0] in 'aeiou' else 'a'} {shape.kind}"
     say(
-        f"Training {run.path}: {kind} of {parameters:,} parameters, context {shape.context_length},"
+        f"Training {run.path}: {shape.named} of {parameters:,} parameters, context {shape.context_length},"
         f" for {length} on {trainer.device} ({threads} thread{'s' * (threads != 1)})."
     )
     if trainer.settings.curriculum:

@@ -29,7 +29,7 @@ def test_train_tells_what_came_of_it(desk: Path, quire) -> None:
     assert re.match(
         r"book.txt: 1 document, [\d,]+ characters, [\d,]+ tokens, vocabulary \d+ \(character\); 10.0% held", lines[0]
     )
-    assert re.match(r"Training runs/book: a gpt of [\d,]+ parameters, context 32, for 3 steps on cpu", lines[1])
+    assert re.match(r"Training runs/book: a gpt model of [\d,]+ parameters, context 32, for 3 steps on cpu", lines[1])
     run = Run("runs/book")
     best = min(row["validation_loss"] for row in run.metrics() if "validation_loss" in row)
     assert f"Validation loss {best:.4f} nats per token" in said.err

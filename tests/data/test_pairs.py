@@ -104,7 +104,7 @@ def test_whole_pairs_are_held_out_and_their_sources_not_trained_on(pairs):
     training, held_out, how = split(corpus(pairs).documents)
     aside = list(zip(*[iter(held_out)] * 2, strict=True))
     assert aside == pairs[len(pairs) - len(aside) :] and len(aside) >= 1
-    assert how == f"the last {len(aside)} pairs"
+    assert how == ("the last pair" if len(aside) == 1 else f"the last {len(aside)} pairs")
     room, sizes = sum(len(a + b) for a, b in pairs) / 10, [len(a + b) for a, b in aside]
     assert len(aside) == 1 or sum(sizes) <= room
     if len(aside) < len(pairs):
@@ -114,6 +114,11 @@ def test_whole_pairs_are_held_out_and_their_sources_not_trained_on(pairs):
     assert list(zip(*[iter(training)] * 2, strict=True)) == [
         pair for pair in pairs[: len(pairs) - len(aside)] if pair[0] not in sources
     ]
+
+
+def test_pairs_that_all_have_one_source_are_refused_for_that():
+    with pytest.raises(UserError, match="No pair is left to train on: every source is that of a pair held out"):
+        prepare(corpus([("the same source", "y")] * 300), "character")
 
 
 def test_pairs_of_a_validation_file_are_left_out_by_their_sources():

@@ -196,6 +196,7 @@ def test_a_shorter_context(byte_bpe, tmp_path):
 def test_what_is_no_model(tmp_path, quire, run):
     (tmp_path / "text.md").write_text("no model")
     assert "is no model that Quire knows" in quire("import", "text.md").plain
+    assert "is a run of Quire's already" in quire("import", str(run.path)).plain
     said = quire("import", "smollm-135m-instruct")
     assert said.code == 2 and "Did you mean smollm2-135m-instruct?" in said.plain
     said = quire("export", str(run.path), "--to", "ggfu", "--out", "x")

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import quire
+from quire import files
 from quire.config import to_table
 from quire.errors import UserError
 from quire.interop import export_model, import_model
 from quire.interop.imported import Foreign, create
 from quire.models import MODELS, build_model
+from quire.run import Run
 
 
 @pytest.fixture
@@ -27,6 +29,28 @@ def a_run(small_settings):
         return create(Foreign(to_table(model.settings), tensors, tokenizer, origin), path)
 
     return make
+
+
+def test_a_model_with_an_encoder_is_told_of_with_pairs(a_run, characters, tmp_path, quire):
+    run = a_run("encoder-decoder", characters, tmp_path / "run")
+    export_model(run, "json", tmp_path / "model.json")
+    said = quire("import", str(tmp_path / "model.json"), "--run", str(tmp_path / "again"))
+    assert said.code == 0 and ": an encoder-decoder model of " in said.plain
+    assert "--pairs FILE --minutes 10" in said.plain and "YOUR.txt" not in said.plain
+    for command in ("evaluate", "resume"):
+        said = quire(command, str(tmp_path / "again"))
+        assert said.code == 2 and f"{tmp_path / 'again'} --pairs FILE" in said.plain
+
+
+def test_a_decoder_of_pairs_comes_back_as_one(a_run, characters, tmp_path):
+    run = a_run("modern", characters, tmp_path / "run")
+    files.write_json(run.path / "manifest.json", {**run.manifest, "pairs": True})
+    run = Run(run.path)
+    export_model(run, "json", tmp_path / "model.json")
+    again = import_model(str(tmp_path / "model.json"), tmp_path / "again")
+    assert run.pairs and again.pairs
+    answers = [quire.generate(each, prompt="the", tokens=5, temperature=0)[0].tokens for each in (run, again)]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("kind", MODELS)

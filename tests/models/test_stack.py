@@ -48,6 +48,8 @@ LSTM = {"kind": "lstm", "size": 8}
          "Layer 3 (attention) cannot divide the 8 channels of layer 2 (lstm) among 3 heads"),
         ([EMBEDDING, {"kind": "block", "heads": 4}], "Layer 2 (block) turns pairs of channels, being rotary"),
         ([EMBEDDING, {"kind": "attention", "heads": 4, "kv_heads": 3}], "Layer 2 (attention) has 4 heads, 3 kv_heads"),
+        ([EMBEDDING, {"kind": "attention", "heads": 0}], "Layer 2 (attention) must have at least one head"),
+        ([EMBEDDING, {"kind": "rmsnorm", "epsilon": -1}], "Layer 2 (rmsnorm) must have a finite epsilon above 0, not"),
         ([EMBEDDING, {"kind": "attention", "hed": 4}], "layer 2 (attention) has no setting 'hed'. Did you mean heads?"),
         ([EMBEDDING, {"kind": "gru", "size": "big"}], "layer 2 (gru).size must be a whole number, not 'big'."),
         ([EMBEDDING, {"kind": "lstm", "size": 8.0}], "layer 2 (lstm).size must be a whole number, not 8.0."),
