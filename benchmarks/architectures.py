@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import quire
 
 from quire.models import build_model
 from quire.training.settings import layered, typed
 
-ROOT = Path(__file__).resolve().parents[1]
 PLAIN_GPT = {"positions": "learned", "normalization": "layernorm", "feedforward": "gelu-tanh", "bias": True,
              "qk_norm": False, "norm_epsilon": 1e-5, "feedforward_size": 0}  # fmt: skip
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {  # name: a preset, and what is changed of it
@@ -109,16 +108,6 @@ def fitted(name: str, vocabulary: int, wanted: int) -> tuple[dict[str, Any], int
 def flag(name: str, value: Any) -> list[str]:
     """A setting of the model as words of a command line."""
     return [f"--model.{name.replace('_', '-')}", str(value)]
-
-
-def quire(words: list[str], folder: str) -> dict[str, Any]:
-    """What a command prints as JSON."""
-    places = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-m", "quire", *words], cwd=folder, env={**os.environ, "PYTHONPATH": places},
-        stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    return json.loads(done.stdout)
 
 
 if __name__ == "__main__":

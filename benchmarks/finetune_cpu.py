@@ -11,15 +11,13 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
+from command import quire
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path("../shared/data")
 SMALL, MEASURED = 10_240, 200_000  # bytes
 
@@ -56,16 +54,6 @@ def main() -> None:
     given.json.parent.mkdir(parents=True, exist_ok=True)
     found = {"machine": machine, "minutes": given.minutes, "steps": given.steps, "held_out": tuned, "more": rows}
     given.json.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def quire(words: list[str], folder: Path) -> dict[str, Any]:
-    """What a command prints as JSON."""
-    places = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-m", "quire", *words], cwd=folder, env={**os.environ, "PYTHONPATH": places},
-        stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    return json.loads(done.stdout)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import quire
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path("../shared/data")
 SIZES = {"byte-bpe": 4096, "character": 0, "word": 4096, "bpe": 4096}  # tokens; 0: all characters there are
 
@@ -69,16 +68,6 @@ def row(kind: str, train: Path, test: Path, minutes: float, options: list[str]) 
             "test_tokens": measured["tokens"],
             "test_bytes": measured["bytes"],
         }
-
-
-def quire(words: list[str], folder: str) -> dict[str, Any]:
-    """What a command prints as JSON."""
-    places = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-m", "quire", *words], cwd=folder, env={**os.environ, "PYTHONPATH": places},
-        stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    return json.loads(done.stdout)
 
 
 if __name__ == "__main__":
