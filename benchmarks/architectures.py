@@ -91,8 +91,9 @@ def fitted(name: str, vocabulary: int, wanted: int) -> tuple[dict[str, Any], int
     preset, changes = ROWS[name]
     model = typed(layered(preset, flags={"model": changes})).with_model(vocabulary_size=vocabulary, separator=0).model
     heads = getattr(model, "heads", 0)
+    step = 2 * heads or 2  # rotary positions turn pairs of a head's channels
     best: tuple[int, dict[str, Any], int] | None = None
-    for width in range(32, 512, 2 * heads or 2):
+    for width in range(8 * step, 512, step):
         sizes = {"embedding_size": width}
         if heads and model.feedforward_size:
             sizes["feedforward_size"] = round(width * model.feedforward_size / model.embedding_size / 8) * 8
