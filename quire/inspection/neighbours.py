@@ -81,13 +81,13 @@ def find_token(tokenizer: Tokenizer, text: str) -> int:
 
 def tokenizer_facts(run: Run) -> TokenizerFacts:
     """The facts of a run's tokenizer; its held-out text is read where there is one."""
-    tokenizer = run.tokenizer
-    plain = (i for i in range(tokenizer.vocabulary_size) if i not in tokenizer.reserved())
+    tokenizer, reserved = run.tokenizer, run.tokenizer.reserved()
+    plain = (i for i in range(tokenizer.vocabulary_size) if i not in reserved)
     longest = sorted({tokenizer.name(i) for i in plain}, key=lambda name: (-len(name), name))[:LONGEST_SHOWN]
     occurring, share = None, None
     if (run.path / "data" / "validation.bin").is_file():
         tokens = run.validation_tokens()
-        tokens = tokens[~np.isin(tokens, sorted(tokenizer.reserved()))]
+        tokens = tokens[~np.isin(tokens, sorted(reserved))]
         occurring = len(np.unique(tokens))
         share = len(tokenizer.decode(tokens).encode()) / len(tokens) if len(tokens) else None
     return TokenizerFacts(
