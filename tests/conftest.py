@@ -106,6 +106,32 @@ def tiny(desk: Path) -> Run:
     return Run("tiny")
 
 
+@pytest.fixture
+def with_gpt2_weights() -> Callable[[Any, Any], Any]:
+    """Gives our GPT the weights of transformers' GPT-2, by names written out here: the importer has no part in it."""
+
+    def fill(ours: Any, theirs: Any) -> Any:
+        renamed: dict[str, torch.Tensor] = {}
+        for name, tensor in theirs.state_dict().items():
+            name = name.removeprefix("transformer.")
+            for old, new in [("h.", "blocks."), ("ln_1", "attention_norm"), ("ln_2", "feedforward_norm"),
+                             ("wte", "token_embedding"), ("wpe", "positions"), ("ln_f", "norm"), ("lm_head", "head"),
+                             ("attn.c_proj", "attention.output"), ("mlp.c_fc", "feedforward.up"),
+                             ("mlp.c_proj", "feedforward.down")]:  # fmt: skip
+                name = name.replace(old, new)
+            if name.startswith("blocks") and "norm" not in name:
+                tensor = tensor.T if tensor.dim() == 2 else tensor  # their Conv1D is (inputs, outputs)
+            if "attn.c_attn" in name:
+                for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                    renamed[name.replace("attn.c_attn", f"attention.{part}")] = third
+            else:
+                renamed[name] = tensor
+        ours.load_state_dict(renamed)
+        return ours
+
+    return fill
+
+
 @dataclass(frozen=True)
 class Said:
     """What a command printed, and its exit code."""

@@ -63,10 +63,10 @@ def token_embedding(model: nn.Module, vocabulary_size: int) -> torch.Tensor:
 
 def find_token(tokenizer: Tokenizer, text: str) -> int:
     """The id of the one token that `text` is, as a text or by its name; else a UserError that says what it is."""
-    names = [tokenizer.name(i) for i in range(tokenizer.vocabulary_size)]
     ids = tokenizer.encode(text, "skip", "text")
     if len(ids) == 1 and tokenizer.decode(ids) == text:
         return ids[0]
+    names = [tokenizer.name(i) for i in range(tokenizer.vocabulary_size)]
     for written in (text, text.replace("\\n", "\n").replace("\\t", "\t")):
         if written in names:
             return names.index(written)

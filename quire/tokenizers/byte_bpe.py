@@ -64,9 +64,6 @@ class ByteBPETokenizer(BytesTokenizer):
     def specials(self) -> dict[str, int]:
         return self._specials
 
-    def reserved(self) -> set[int]:
-        return {number for number, token in enumerate(self.tokens) if not token}
-
     @classmethod
     def train(
         cls, texts: Iterable[str], vocabulary_size: int = 0, pattern: str = "gpt2", threads: int = 0

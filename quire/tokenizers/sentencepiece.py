@@ -75,9 +75,6 @@ class SentencePieceTokenizer(BytesTokenizer):
     def specials(self) -> dict[str, int]:
         return self._specials
 
-    def reserved(self) -> set[int]:
-        return {number for number, token in enumerate(self.tokens) if not token}
-
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary_size: int = 0) -> "SentencePieceTokenizer":
         raise UserError("A sentencepiece tokenizer comes with an imported model and cannot be fitted; choose byte-bpe.")

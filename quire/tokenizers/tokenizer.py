@@ -177,6 +177,9 @@ class BytesTokenizer(Tokenizer):
 
     tokens: list[bytes]
 
+    def reserved(self) -> set[int]:
+        return {number for number, token in enumerate(self.tokens) if not token}
+
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes of `ids`; special tokens have none."""
         ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)

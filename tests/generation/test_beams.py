@@ -2,14 +2,13 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice, product
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from quire.errors import UserError
 from quire.generation.beams import BeamSearch, Result
@@ -144,7 +143,7 @@ def test_what_is_never_written_is_in_no_result() -> None:
 
 
 @pytest.mark.parametrize("beams, count", [(2, 1), (4, 4), (7, 3)])
-def test_transformers(beams: int, count: int) -> None:
+def test_transformers(beams: int, count: int, with_gpt2_weights: Callable[[Any, Any], Any]) -> None:
     """Texts and scores of `generate(num_beams=...)` of a GPT-2 with the same weights, for every length penalty."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -155,7 +154,7 @@ def test_transformers(beams: int, count: int) -> None:
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
-    ours = from_gpt2(gpt(13, context_length=32), theirs)
+    ours = with_gpt2_weights(gpt(13, context_length=32), theirs)
     for penalty, prompt in product(PENALTIES, ([1, 2, 3], [4], [5, 6, 7, 8, 9, 10])):
         expected = theirs.generate(
             torch.tensor([prompt]), num_beams=beams, num_return_sequences=count, length_penalty=penalty,
@@ -168,27 +167,6 @@ def test_transformers(beams: int, count: int) -> None:
             text = text[: text.index(END) + 1] if END in text else text  # their padding is END too
             assert list(result.tokens) == text
             assert result.score == pytest.approx(float(score), abs=1e-4)
-
-
-def from_gpt2(ours: Any, theirs: Any) -> Any:
-    """Our GPT with the weights of transformers' GPT-2."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in theirs.state_dict().items():
-        name = name.removeprefix("transformer.")
-        for old, new in [("h.", "blocks."), ("ln_1", "attention_norm"), ("ln_2", "feedforward_norm"),
-                         ("wte", "token_embedding"), ("wpe", "positions"), ("ln_f", "norm"), ("lm_head", "head"),
-                         ("attn.c_proj", "attention.output"), ("mlp.c_fc", "feedforward.up"),
-                         ("mlp.c_proj", "feedforward.down")]:  # fmt: skip
-            name = name.replace(old, new)
-        if name.startswith("blocks") and "norm" not in name:
-            tensor = tensor.T if tensor.dim() == 2 else tensor  # their Conv1D is (inputs, outputs)
-        if "attn.c_attn" in name:
-            for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                renamed[name.replace("attn.c_attn", f"attention.{part}")] = third
-        else:
-            renamed[name] = tensor
-    ours.load_state_dict(renamed)
-    return ours
 
 
 # ---- prompts together, and past the context ----

@@ -129,29 +129,14 @@ def roughened(model: Any) -> Any:
     return model.eval()
 
 
-def test_gpt2_of_transformers():
+def test_gpt2_of_transformers(with_gpt2_weights):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     shape = {"vocab_size": 31, "n_positions": 16, "n_embd": 12, "n_layer": 3, "n_head": 3}
     theirs = roughened(GPT2LMHeadModel(GPT2Config(**shape, attn_implementation="eager")))
     gpt2 = {**preset("gpt2")["model"], "vocabulary_size": 31, "context_length": 16, "embedding_size": 12}
     ours = GPT(GPTSettings(**{**gpt2, "layers": 3, "heads": 3}))
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in theirs.state_dict().items():
-        name = name.removeprefix("transformer.")
-        for old, new in [("h.", "blocks."), ("ln_1", "attention_norm"), ("ln_2", "feedforward_norm"),
-                         ("wte", "token_embedding"), ("wpe", "positions"), ("ln_f", "norm"), ("lm_head", "head"),
-                         ("attn.c_proj", "attention.output"), ("mlp.c_fc", "feedforward.up"),
-                         ("mlp.c_proj", "feedforward.down")]:  # fmt: skip
-            name = name.replace(old, new)
-        if name.startswith("blocks") and "norm" not in name:
-            tensor = tensor.T if tensor.dim() == 2 else tensor  # their Conv1D is (inputs, outputs)
-        if "attn.c_attn" in name:
-            for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                renamed[name.replace("attn.c_attn", f"attention.{part}")] = third
-        else:
-            renamed[name] = tensor
-    ours.load_state_dict(renamed)
+    with_gpt2_weights(ours, theirs)
     logits_agree(ours, theirs, 31, 16)
 
 
