@@ -266,7 +266,8 @@ class Looker(Layer):
         x = self.token_embedding(tokens)  # (B, T, C)
         if self.positions is not None:
             x = x + self.positions(torch.arange(tokens.shape[1]))
-        x = x + self.attention(x, None, visible(tokens.shape[1]))
+        sees = visible(tokens.shape[1])  # (T, T)
+        x = x + self.attention(x, None, sees)
         return self.head(x)
 
     def backward(self, grad: Tensor) -> None:
