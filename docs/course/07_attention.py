@@ -301,3 +301,30 @@ model = Looker(knows_order=True)
 ordered = train(model, steps(1000))
 print(f"held-out loss: {unordered:.3f} without positions, {ordered:.3f} with them")
 print(write(model))
+
+# %% [markdown]
+# Two words or three look English now, names stand in capitals and are followed by a colon. The loss is above that of
+# chapter 1's longer strings: one look back, added to one letter, is little to decide on. More looks (chapter 8) and
+# something that works on what they found (chapter 9) come next.
+#
+# **Held-out loss of this chapter: 2.240 nats per character.**
+#
+# ## Experiment
+#
+# In the model's `forward`, change the line
+#
+#     sees = visible(tokens.shape[1])  # (T, T)
+#
+# into
+#
+#     sees = visible(tokens.shape[1]) | True
+#
+# Now every position looks at all of its window, also at what comes after it. What happens to the loss, with positions
+# and without them? What does the model write?
+#
+# **Answer.** With positions the loss falls to 0.04 within 250 steps, and it is 0.042 on held-out text too, far better
+# than any language model ever was. It learned nothing but to look one place ahead: the answer stands there. Only the
+# last position of a window has no next one to look at. And writing is always done from the last position: the text is
+# nothing but empty lines. Without positions it cannot ask for the next place, and knowing *which* characters are in the
+# window helps only a little: 2.345. A held-out loss that is too good to be true is, more often than not, a mask that
+# leaks.
