@@ -31,7 +31,7 @@ from quire.layers.cross_entropy import CrossEntropy
 from quire.layers.embedding import Embedding
 from quire.layers.layer import Layer, recording
 from quire.layers.linear import Linear
-from quire.layers.positions import LearnedPositions, SinusoidalPositions
+from quire.layers.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
 
 torch.manual_seed(1)
 C = 64
@@ -231,6 +231,30 @@ print(
 y_placed, _ = attend((x + P) @ Wq.T, (x + P) @ Wk.T, (x + P) @ Wv.T)
 y_shuffled, _ = attend((shuffled + P) @ Wq.T, (shuffled + P) @ Wk.T, (shuffled + P) @ Wv.T)
 assert not torch.allclose(y_shuffled[-1], y_placed[-1], atol=0.01)
+
+# %% [markdown]
+# There is another way to the same end, which most models use today: not to add a place, but to *turn* query and key by
+# an angle that grows with it (Su et al. 2021). Read two channels as one complex number. Turning is multiplying by e^(i
+# t f), and of a product of a turned q with a turned, conjugated k
+#
+#     q e^(i t f) (k e^(i s f))* = q k* e^(i (t - s) f)
+#
+# again the distance alone is left. Here are one query and one key, put into every place:
+
+# %%
+pairs = C // 2
+f = 10000.0 ** (-torch.arange(pairs) / pairs)
+q, k = x[0].float(), x[1].float()
+turns = torch.polar(torch.ones(T, pairs), torch.arange(T).unsqueeze(1) * f)  # e^(i t f), (T, C/2)
+q_turned = torch.complex(q[:pairs], q[pairs:]) * turns  # channel i and channel i + C/2 are one number
+k_turned = torch.complex(k[:pairs], k[pairs:]) * turns
+products = (q_turned @ k_turned.conj().T).real  # (T, T)
+assert torch.allclose(products.diagonal(-3), products[3, 0].expand(T - 3), atol=1e-3)
+
+rotary = RotaryPositions(C)
+angles = rotary.angles(torch.arange(T))
+by_quire = rotary(q.expand(1, T, 1, C), *angles)[0, :, 0] @ rotary(k.expand(1, T, 1, C), *angles)[0, :, 0].T
+assert torch.allclose(products, by_quire, atol=1e-3)
 
 # %% [markdown]
 # GPT does without a formula and learns one vector for each position below T, like the embedding of a token. So does the

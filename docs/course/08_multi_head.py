@@ -280,5 +280,5 @@ for h in range(heads):
 #
 # **Answer.** No: 2.189, and it takes twice as long, for there are four times as many T x T tables of weights to make. A
 # query and a key of four numbers cannot tell apart 65 characters in 64 places. Some heads stay vague (an entropy of 2
-# and more) and several do the same: seven of the sixteen look first at the space before "th". Heads of 32 to 128
+# and more) and several do the same: six of the sixteen look first at the space before "th". Heads of 32 to 128
 # channels are what large models use.

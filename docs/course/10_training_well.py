@@ -1,0 +1,323 @@
+# %% [markdown]
+# # 10. Training well
+#
+# Chapter 9 had the whole model. How well it learns depends on some ten lines around it: how its weights begin, how a
+# gradient becomes a step, how large the steps are and when. This chapter derives each, and then trains the best model
+# of the course.
+#
+# | symbol | meaning |
+# |---|---|
+# | B, T, C, L | windows in a batch, characters in each, channels of the stream, blocks |
+# | g_t | the gradient at step t; w_t the weights |
+# | a | the learning rate |
+# | m_t, v_t | running means of g and of g^2; b1, b2 how slowly they forget |
+
+# %%
+import math
+
+import torch
+from course import T, V, held_out, measure, steps, training, write
+from torch import Tensor, nn
+
+from quire.data.batches import Batch
+from quire.models.gpt import GPT, GPTSettings
+from quire.training.engines import ENGINES
+from quire.training.schedules import cosine, warmed_up
+
+torch.manual_seed(1)
+
+
+def build(layers: int = 3, dropout: float = 0.0) -> GPT:
+    """Chapter 9's GPT with rotary positions (chapter 7), and max(0, a)^2 for its bend: as good as GELU, and faster."""
+    return GPT(
+        GPTSettings(
+            vocabulary_size=V,
+            context_length=T,
+            embedding_size=64,
+            layers=layers,
+            heads=4,
+            tied=False,
+            positions="rotary",
+            feedforward="squared-relu",
+            dropout=dropout,
+            initialization="zero-output",
+        )
+    )
+
+
+def draw(size: int, text: Tensor = training) -> Batch:
+    """Windows from anywhere in a text, as Quire's engines take them."""
+    places = torch.randint(len(text) - T, (size, 1)) + torch.arange(T)  # (B, T)
+    return Batch(text[places], text[places + 1], counted=size * T)
+
+
+# %% [markdown]
+# ## Where to begin
+#
+# A linear map's output is a sum over its inputs, y = sum over i of w_i x_i. If weights and inputs are independent with
+# mean 0, the variances of the products add up:
+#
+#     var(y) = inputs * var(w) * var(x)      which is var(x) when var(w) = 1 / inputs
+#
+# So weights begin with a deviation of 1 / sqrt(inputs). Much smaller, and layer after layer the signal shrinks. Much
+# larger, and attention begins sharp and the logits wild.
+#
+# The stream is a sum of 2 L parts, and these variances add up too. GPT-2 divides the last weights of each part by
+# sqrt(2 L), so that the sum of all has the size of one (Radford et al. 2019). One can go further and begin them at
+# zero: each block then begins as the identity, and a part grows as soon as it is of use. Its gradient is not zero, for
+# dW = dy^T h needs only h. That is `zero-output` above.
+#
+# The first loss tells whether the end is right, too. A model that knows nothing should say so, with a loss of log V.
+# Here is one whose head begins at 0, as `zero-output` has it, and others with larger and larger heads.
+
+# %%
+windows = draw(16)
+print(f"log V = {math.log(V):.3f}")
+for deviation in 0.0, 0.02, 64**-0.5, 1.0:
+    model = build()
+    nn.init.normal_(model.head.weight, std=deviation)
+    with torch.no_grad():
+        print(f"a head of deviation {deviation:<5.3g}  first loss {model(windows.inputs, windows.targets).item():.3f}")
+
+# %% [markdown]
+# A model that begins with a loss far above log V has to unlearn first what it never should have believed.
+#
+# ## From gradient to step: Adam
+#
+# Plain descent is w = w - a g. One learning rate must do for all weights, but their gradients differ a thousandfold:
+# the row of a rare character hardly ever receives one. Two ideas make Adam (Kingma and Ba 2015).
+#
+# *Average.* A batch's gradient is the true one plus noise. A running mean has less of it:
+#
+#     m_t = b1 m_(t-1) + (1 - b1) g_t
+#
+# *Divide by the usual size.* Keep a running mean of g^2 too, for each weight on its own, and divide by its root. A step
+# is then about as large as a, whether gradients are large or small:
+#
+#     v_t = b2 v_(t-1) + (1 - b2) g_t^2
+#     w_t = w_(t-1) - a m_t / (sqrt(v_t) + epsilon)
+#
+# One thing is wrong: m and v begin at 0, and remember it. Written out,
+#
+#     m_t = (1 - b1) (g_t + b1 g_(t-1) + ... + b1^(t-1) g_1)
+#
+# If all g have the same mean G, the mean of m_t is (1 - b1) (1 + b1 + ... + b1^(t-1)) G = (1 - b1^t) G. So m_t is too
+# small by a known factor: divide by 1 - b1^t, and v_t by 1 - b2^t.
+#
+# *Weight decay.* To keep weights small one used to add a term to the loss, whose gradient is d w. In Adam that would be
+# divided by sqrt(v) with the rest, and weights with large gradients would decay least. Loshchilov and Hutter (2019)
+# take it out of the gradient: w = w - a d w, beside the step. With this it is AdamW. Quire decays matrices only. A bias
+# or a norm's weight has no reason to be near 0.
+
+
+# %%
+class AdamW:
+    def __init__(self, model: nn.Module, decay: float = 0.1, b1: float = 0.9, b2: float = 0.99) -> None:
+        self.decay, self.b1, self.b2, self.t = decay, b1, b2, 0
+        self.weights = list(model.parameters())
+        self.m = [torch.zeros_like(w) for w in self.weights]
+        self.v = [torch.zeros_like(w) for w in self.weights]
+
+    @torch.no_grad()
+    def step(self, a: float) -> None:
+        self.t += 1
+        for w, m, v in zip(self.weights, self.m, self.v):
+            m.mul_(self.b1).add_((1 - self.b1) * w.grad)
+            v.mul_(self.b2).add_((1 - self.b2) * w.grad**2)
+            m_hat, v_hat = m / (1 - self.b1**self.t), v / (1 - self.b2**self.t)
+            if w.dim() == 2:
+                w -= a * self.decay * w
+            w -= a * m_hat / (v_hat.sqrt() + 1e-8)
+            w.grad = None
+
+
+ours, theirs = build(layers=1), build(layers=1)
+theirs.load_state_dict(ours.state_dict())
+adamw = AdamW(ours)
+matrices = [w for w in theirs.parameters() if w.dim() == 2]
+vectors = [w for w in theirs.parameters() if w.dim() != 2]
+torchs = torch.optim.AdamW(
+    [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=0.003, betas=(0.9, 0.99)
+)
+before = ours.head.weight.detach().clone()
+for step in range(5):
+    windows = draw(4)
+    ENGINES["manual"].backpropagate(ours, windows, 1.0)
+    ENGINES["manual"].backpropagate(theirs, windows, 1.0)
+    adamw.step(0.003)
+    torchs.step()
+    torchs.zero_grad()
+    if step == 0:
+        moved = (ours.head.weight - before * (1 - 0.003 * 0.1)).abs() / 0.003
+        print(f"first step: the median weight of the head moved by {moved.median():.3f} learning rates")
+assert all(torch.allclose(w, u, atol=1e-5) for w, u in zip(ours.parameters(), theirs.parameters()))
+print("five steps: our AdamW and torch's come to the same weights")
+
+# %% [markdown]
+# ## Warm-up and decay
+#
+# Look at that first step. With one gradient seen, m_hat = g and v_hat = g^2, so that m_hat / sqrt(v_hat) is the sign of
+# g: *every* weight moves by the whole learning rate, also where its gradient is nothing but noise. Until v has seen
+# some dozens of gradients steps should be small. So the learning rate rises from 0 in a straight line, the *warm-up*.
+#
+# At the end it falls. Near a minimum each step overshoots by something like a times the noise of the gradient; with a
+# constant a the weights keep jumping around in a ball of that size. Shrink a, and they settle. Half a cosine wave
+# spends much of the run at high rates and ends softly (Loshchilov and Hutter 2017):
+#
+#     a(t) = peak * min(1, (t + 1) / (warm-up + 1)) * (floor + (1 - floor) (1 + cos(pi t / steps)) / 2)
+
+
+# %%
+def share(step: int, count: int, warmup: int, floor: float) -> float:
+    """The learning rate as a share of its peak."""
+    rise = min(1.0, (step + 1) / (warmup + 1))
+    return rise * (floor + (1 - floor) * (1 + math.cos(math.pi * step / count)) / 2)
+
+
+for step in range(1000):
+    assert math.isclose(share(step, 1000, 50, 0.05), warmed_up(cosine, step, 50, step / 1000, 0.05, 0.0))
+print(
+    "share of the peak:", {step: round(share(step, 1000, 50, 0.05), 2) for step in (0, 10, 25, 50, 250, 500, 750, 999)}
+)
+
+# %% [markdown]
+# ## Clipping
+#
+# Now and then a batch has a gradient many times the usual length, and one such step can undo a hundred good ones.
+# Clipping keeps its direction and cuts its length (Pascanu et al. 2013). The length is that of all gradients together,
+# as if they were one long vector:
+#
+#     g = g * min(1, limit / |g|)
+
+
+# %%
+def clip(model: nn.Module, limit: float) -> float:
+    """Cut the gradient to `limit`; gives its length before."""
+    length = math.sqrt(sum(w.grad.square().sum().item() for w in model.parameters()))
+    for w in model.parameters():
+        w.grad *= min(1.0, limit / length)
+    return length
+
+
+windows = draw(4)
+for model in ours, theirs:
+    ENGINES["manual"].backpropagate(model, windows, 1.0)
+length, by_torch = clip(ours, 0.5), nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+assert math.isclose(length, by_torch.item(), rel_tol=1e-3)
+assert all(torch.allclose(w.grad, u.grad, atol=1e-5) for w, u in zip(ours.parameters(), theirs.parameters()))
+print(f"the gradient's length was {length:.3f}, and is now {clip(ours, 0.5):.3f}")
+
+# %% [markdown]
+# ## Batch size
+#
+# A batch's gradient is a mean over B windows drawn at random. The mean of B independent draws has 1/B of their
+# variance: four times the windows, half the noise. At some size the noise is small beside the gradient itself, and a
+# larger batch buys nothing more (McCandlish et al. 2018). Before that, it allows larger steps.
+
+
+# %%
+def gradient(model: nn.Module, size: int, parts: int = 1) -> Tensor:
+    """The gradient of a batch as one long vector; in `parts`, each of which gives its share."""
+    model.zero_grad()
+    for part in draw(size).split(parts):
+        ENGINES["manual"].backpropagate(model, part, scale=1 / parts)
+    return torch.cat([w.grad.flatten() for w in model.parameters()])
+
+
+mean = torch.stack([gradient(ours, 64) for _ in range(8)]).mean(0)
+for size in 1, 4, 16, 64:
+    noise = torch.stack([(gradient(ours, size) - mean).norm() for _ in range(8)]).mean()
+    print(f"B = {size:>2}: the noise is {noise / mean.norm():.2f} times as long as the gradient")
+
+# %% [markdown]
+# The last one is measured against a mean that it has a part in, roughly; the halving is plain nevertheless. What does
+# not fit into memory at once can be added up: the gradient of a mean is the mean of gradients, so each part's counts 1
+# / parts. That is what an engine's `scale` is for.
+
+# %%
+torch.manual_seed(2)
+whole = gradient(ours, 16)
+torch.manual_seed(2)  # the same windows again
+assert torch.allclose(whole, gradient(ours, 16, parts=4), atol=1e-5)
+
+# %% [markdown]
+# ## Two engines
+#
+# Who fills in `.grad`? In this course it was always the backward passes written by hand; in Quire that is the engine
+# "manual". The engine "autograd" lets PyTorch record the forward and find the derivatives by itself. Everything else,
+# optimizer, schedule, clipping, never learns which it was. Here are both, from the same weights, with the same batches:
+
+# %%
+losses: dict[str, list[float]] = {}
+for engine in "manual", "autograd":
+    torch.manual_seed(3)
+    model = build()
+    adamw = AdamW(model)
+    losses[engine] = []
+    for _ in range(5):
+        loss = ENGINES[engine].backpropagate(model, draw(8), 1.0)
+        clip(model, 1.0)
+        adamw.step(0.003)
+        losses[engine].append(loss.item())
+    print(f"{engine:<9}", [round(loss, 5) for loss in losses[engine]])
+assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(losses["manual"], losses["autograd"]))
+
+# %% [markdown]
+# ## Learning by heart
+#
+# A model with enough weights can learn its text by heart. On a text of 10,000 characters that takes a minute to see:
+# the loss on the text itself falls on, and the one on held-out text rises.
+#
+# Two things help against it. Weight decay keeps weights small where the text does not insist. *Dropout* (Srivastava et
+# al. 2014) zeroes each number with probability p while training, and multiplies the others by 1 / (1 - p), so that the
+# mean stays: no part can rely on another one being there, and what is learned has to be spread. Its gradient is zeroed
+# and multiplied in the same places. The best remedy is more text; the second best is to stop in time.
+
+# %%
+few = training[:10_000]
+some_held_out = Batch(held_out[: 200 * T].view(200, T), held_out[1 : 200 * T + 1].view(200, T), 200 * T)
+
+
+def loss_on(model: GPT, windows: Batch) -> float:
+    model.eval()  # without dropout
+    with torch.no_grad():
+        loss = model(windows.inputs, windows.targets).item()
+    model.train()
+    return loss
+
+
+print("10,000 characters; losses on them / held out")
+for name, dropout, decay in ("neither", 0.0, 0.0), ("weight decay 1", 0.0, 1.0), ("dropout 0.3", 0.3, 0.0):
+    torch.manual_seed(4)
+    model, seen = build(layers=2, dropout=dropout), []
+    adamw = AdamW(model, decay=decay)
+    count = steps(400)
+    for step in range(count):
+        ENGINES["manual"].backpropagate(model, draw(8, few), 1.0)
+        clip(model, 1.0)
+        adamw.step(0.004)
+        if (step + 1) % max(1, count // 4) == 0:
+            seen.append(f"{loss_on(model, draw(64, few)):.2f} / {loss_on(model, some_held_out):.2f}")
+    print(f"{name:<15}", "   ".join(seen))
+
+# %% [markdown]
+# ## The run
+#
+# The whole text is a hundred times as long, and a model of this size does not learn it by heart in 2,000 steps. So: no
+# dropout, a little weight decay, warm-up, cosine, clipping.
+
+# %%
+torch.manual_seed(1)
+peak = 0.006
+model = build()
+adamw = AdamW(model)
+count = steps(2000)
+for step in range(count):
+    loss = ENGINES["manual"].backpropagate(model, draw(16), 1.0)
+    length = clip(model, 1.0)
+    adamw.step(peak * share(step, count, warmup=count // 20, floor=0.05))
+    if step % max(1, count // 10) == 0:
+        print(f"step {step:>4}  loss {loss.item():.3f}  gradient {length:.2f}")
+loss = measure(model)
+print(f"held-out loss: {loss:.3f}")
+print(write(model))
