@@ -22,7 +22,7 @@
 import math
 
 import torch
-from course import V, batch, held_out, measure, steps, tokenizer, training
+from course import V, batch, measure, steps, tokenizer, training
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 

@@ -58,6 +58,18 @@ def measure(logits_of: Callable[[Tensor], Tensor], length: int = T) -> float:
     return total / count
 
 
+def by_place(logits_of: Callable[[Tensor], Tensor], length: int = T) -> Tensor:
+    """The held-out loss at each place of a window (T): what is predicted after 1, 2, 3 ... characters were read."""
+    whole = (len(held_out) - 1) // length * length
+    total = torch.zeros(length)
+    with torch.no_grad():
+        pairs = zip(held_out[:whole].view(-1, length).split(64), held_out[1 : whole + 1].view(-1, length).split(64))
+        for x, y in pairs:
+            log_p = torch.log_softmax(logits_of(x), dim=-1)
+            total -= log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1).sum(0)
+    return total / (whole // length)
+
+
 def write(logits_of: Callable[[Tensor], Tensor], count: int = 300, length: int = T) -> str:
     """`count` characters drawn one by one, each from the probabilities that the last `length` ones lead to."""
     ids = tokenizer.encode("\n")
