@@ -68,9 +68,7 @@ p, h = softmax(z), 1e-5
 nudged = torch.stack([(softmax(z + h * e) - softmax(z - h * e)) / (2 * h) for e in torch.eye(5, dtype=z.dtype)], dim=1)
 print(f"Jacobian, derived against nudged: largest difference {(jacobian(p) - nudged).abs().max().item():.1e}")
 assert torch.allclose(jacobian(p), nudged, atol=1e-10)
-print(
-    "sum of each row:", [f"{s:.0e}" for s in jacobian(p).sum(1).tolist()], "(zero: a constant on all logits is nothing)"
-)
+print("sums of its rows:", [f"{s:.0e}" for s in jacobian(p).sum(1).tolist()], "(0: a constant on all z is nothing)")
 
 # %% [markdown]
 # The matrix is never built in practice. Given dp, the gradient by p, the chain rule wants only its product with it:

@@ -208,7 +208,7 @@ loss = measure(model)
 print(write(model))
 print(f"held-out loss: a sum of 6 tables 2.234, this model with {context} characters {loss:.3f} nats per character")
 print(
-    f"{sum(weight.numel() for weight in weights):,} weights; a table for {context} characters has {V ** (context + 1):.0e}"
+    f"{sum(w.numel() for w in weights):,} weights; a table for {context} characters would have {V ** (context + 1):.0e}"
 )
 
 # %% [markdown]

@@ -69,7 +69,8 @@ def forward(x: Tensor, W: Tensor, U: Tensor, b: Tensor) -> Tensor:
 #
 # Through the sum, as in any linear layer. W, U and b are used at every step, and each use adds its part:
 #
-#     dW = sum over t of ds_t x_t^T     dU = sum over t of ds_t h_(t-1)^T     db = sum over t of ds_t     dx_t = W^T ds_t
+#     dx_t = W^T ds_t
+#     dW = sum over t of ds_t x_t^T     dU = sum over t of ds_t h_(t-1)^T     db = sum over t of ds_t
 #
 # That is all of "backpropagation through time": chapter 4's rules, in a loop that runs backward.
 
@@ -142,9 +143,9 @@ for u in 0.5, 1.0, 1.5, 3.0:
 
 # %% [markdown]
 # At u = 1 the slopes alone make it vanish: 1 - h^2 is below 1. At u = 3 it explodes. Somewhere between it about keeps
-# its length, but that is a knife's edge: the length is a power of the distance, any change of U tips it to one side, and
-# training changes U all the time. A network that is told nothing of a distant cause cannot learn it. Chapter 6 changes
-# the network for that.
+# its length, but that is a knife's edge: each step back is one more factor, any change of U tips the product to one
+# side, and training changes U all the time. A network that is told nothing of a distant cause cannot learn it. Chapter
+# 6 changes the network for that.
 #
 # ## The gradient that explodes
 #
