@@ -147,9 +147,9 @@ print("states and all gradients by hand, and the same from Quire's LSTM")
 #
 #     dc_(t-k) = f_t f_(t-1) ... f_(t-k+1) dc_t     and what comes in by way of the gates
 #
-# As long as a forget gate is open, f near 1, this part of the gradient stays what it was: it is a sum with weight 1 that
-# carries it, not a product. And when the gate closes, the gradient stops, as it should: what was forgotten has no part
-# in what follows.
+# As long as a forget gate is open, f near 1, this part of the gradient stays what it was: it is a sum with weight 1
+# that carries it, not a product. And when the gate closes, the gradient stops, as it should: what was forgotten has no
+# part in what follows.
 #
 # So the forget gate should begin open. Its sum s_f is near 0 at first, and sigmoid(0) = 1/2 would halve the gradient
 # at each step. Quire starts its bias at 1 (Gers et al. 2000; Jozefowicz et al. 2015): sigmoid(1) = 0.73. Here is the

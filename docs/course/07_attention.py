@@ -157,8 +157,9 @@ for D in 4, 16, 64, 256, 1024:
 #          = w_r dW_r - w_r (sum over s of w_s dW_s)
 #          = w_r (dW_r - sum over s of w_s dW_s)
 #
-# In words: a score should grow if its value helps more than the mixture does already. A hidden place has w = 0, hence
-# a gradient of 0, and needs no case of its own. For all rows together: dS = W * (dW - sum of W dW over the row).
+# In words: where a value raises the loss more than the mixture does, the gradient of its score is positive, and descent
+# lowers the score. A hidden place has w = 0, hence a gradient of 0, and needs no case of its own. For all rows
+# together: dS = W * (dW - sum of W dW over the row).
 #
 # Through S = Q K^T / sqrt(D):
 #

@@ -102,7 +102,8 @@ print("FeedForward and GELU: forward and backward as by hand")
 # ## The residual sum
 #
 # Stack 24 such parts and send a gradient back. Each multiplies it by its Jacobian J: after L layers what arrives is a
-# product of L matrices. If each shrinks it by a third, 24 shrink it ten-thousandfold.
+# product of L matrices. If each shrinks it by a third, 24 shrink it
+# more than ten-thousandfold.
 #
 # He et al. (2016) changed y = f(x) into y = x + f(x). The derivative becomes 1 + J, and
 #
@@ -255,10 +256,13 @@ print("our block is Quire's PreNormBlock")
 #
 # Vaswani et al. (2017) put the norm after the sum: x = norm(x + attention(x)). Then the stream itself passes through
 # every norm, and so does the gradient: the plain 1 of the residual sum is gone. With the norm before, inside the
-# branch, it stays. Xiong et al. (2020) show what that means at the start of training: after-norm gives the last layers
-# large gradients and the first ones small ones, so that it needs a careful warm-up, and before-norm does not.
+# branch, it stays. Xiong et al. (2020) show what that means at the start of training. In the last block of a fresh
+# model, the gradients of after-norm are as large however deep the model is. Those of before-norm fall as 1 / sqrt(L):
+# the stream has grown, and what one block adds to it matters less. So after-norm needs a careful warm-up before it
+# bears large steps, and the deeper it is the more; before-norm hardly does.
 #
-# Here are 12 blocks of each kind, fresh, and the gradients of their feedforwards' last weights.
+# Here are 12 blocks of each kind, fresh, and the lengths of the gradients of their feedforwards' last weights. Compare
+# the two in block 12.
 
 # %%
 shape = {"vocabulary_size": V, "context_length": T, "embedding_size": C, "heads": H, "feedforward": "gelu"}
@@ -311,6 +315,7 @@ class OurGPT(Layer):
 norm_placement = "pre"
 settings = GPTSettings(**shape, layers=2, tied=False, norm_placement=norm_placement, initialization="zero-output")
 model = GPT(settings)
+nn.init.normal_(model.token_embedding.weight, std=0.3)  # see below
 print(f"Quire's GPT has {sum(p.numel() for p in model.parameters()):,} parameters, named as ours:")
 print(", ".join(name for name, _ in model.named_parameters() if not name.startswith("blocks.1")))
 
@@ -337,6 +342,9 @@ if norm_placement == "pre":
 
 # %% [markdown]
 # ## Training
+#
+# As in the chapters before. One thing is new with the stream: what the blocks add to it soon has a size of 1.
+# Embeddings that begin at 0.02, as GPT-2's do, would be drowned by it, so here they begin at 0.3.
 
 # %%
 optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
