@@ -323,8 +323,8 @@ print("attention that does not know order:")
 unordered = train(Looker(knows_order=False), steps(400))
 print("attention with positions:")
 model = Looker(knows_order=True)
-ordered = train(model, steps(1000))
-print(f"held-out loss: {unordered:.3f} without positions, {ordered:.3f} with them")
+loss = train(model, steps(1000))
+print(f"held-out loss: {unordered:.3f} without positions, {loss:.3f} with them")
 print(write(model))
 
 # %% [markdown]
@@ -336,16 +336,16 @@ print(write(model))
 #
 # ## Experiment
 #
-# In the model's `forward`, change the line
+# Change the line
 #
 #     sees = visible(tokens.shape[1])  # (T, T)
 #
 # into
 #
-#     sees = visible(tokens.shape[1]) | True
+#     sees = visible(tokens.shape[1]) | True  # (T, T)
 #
-# Now every position looks at all of its window, also at what comes after it. What happens to the loss, with positions
-# and without them? What does the model write?
+# in the model's `forward`. Now every position looks at all of its window, also at what comes after it. What happens to
+# the loss, with positions and without them? What does the model write?
 #
 # **Answer.** With positions the loss falls to 0.04 within 250 steps, and it is 0.042 on held-out text too, far better
 # than any language model ever was. It learned nothing but to look one place ahead: the answer stands there. Only the

@@ -245,7 +245,8 @@ for h in range(heads):
 
 # %%
 text = "\nKING RICHARD II:\nWhat says the king? Must he be deposed, and th"
-ids = torch.tensor([tokenizer.encode(text)])
+ids = tokenizer.encode(text, unknown="skip")  # should your own text lack some of these characters
+text = tokenizer.decode(ids)
 _, found = record(model, {"tokens": ids})
 last = next(iter(found.values()))[0, :, -1]  # (H, T)
 print(f"after {text[-20:]!r}")

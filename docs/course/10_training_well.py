@@ -276,7 +276,8 @@ assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(losses["manual"], lo
 
 # %%
 few = training[:10_000]
-some_held_out = Batch(held_out[: 200 * T].view(200, T), held_out[1 : 200 * T + 1].view(200, T), 200 * T)
+rest = held_out[: (len(held_out) - 1) // T * T + 1]
+some_held_out = Batch(rest[:-1].view(-1, T)[:200], rest[1:].view(-1, T)[:200], counted=200 * T)
 
 
 def loss_on(model: GPT, windows: Batch) -> float:

@@ -95,7 +95,8 @@ for name, packed in ("zlib", zlib.compress(held_out_text.encode(), 9)), ("xz", l
 # %%
 def next_logits(text: str) -> Tensor:
     """Logits (V) of what follows."""
-    return model(torch.tensor([tokenizer.encode(text)[-T:]]))[0, -1]
+    ids = tokenizer.encode(text, unknown="skip")  # should your own text lack some of its characters
+    return model(torch.tensor([ids[-T:]]))[0, -1]
 
 
 def entropy(p: Tensor) -> float:
@@ -154,7 +155,7 @@ for text in (
     nucleus, ten = (top_p(p, 0.9) > 0).sum().item(), p.topk(10).values.sum().item()
     print(f"after {text[-12:]!r:<16} top-p 0.9 keeps {nucleus:>2} tokens; the best 10 have {ten:.3f}")
 
-windows = held_out[: 200 * T].view(200, T)
+windows = held_out[: len(held_out) // T * T].view(-1, T)[:200]
 p = torch.softmax(model(windows), dim=-1).flatten(0, 1).sort(descending=True).values  # (N, V)
 tail = (p * (p.cumsum(-1) - p >= 0.95)).sum(-1).mean()
 print(f"the tail behind P = 0.95 has {tail:.1%} on average: {300 * tail:.0f} draws from it in 300 characters")
@@ -184,7 +185,7 @@ def beam_search(start: list[int], n: int, K: int) -> tuple[float, list[int]]:
     return sums[0].item(), texts[0][len(start) :]
 
 
-start = tokenizer.encode("ROMEO:\nI will not ")
+start = tokenizer.encode("ROMEO:\nI will not ", unknown="skip")
 first = torch.log_softmax(model(torch.tensor([start]))[0, -1], dim=-1)  # (V)
 second = torch.log_softmax(model(torch.tensor([[*start, i] for i in range(V)]))[:, -1], dim=-1)  # (V, V)
 assert math.isclose(beam_search(start, 2, V)[0], (first.unsqueeze(1) + second).max().item(), abs_tol=1e-4)
