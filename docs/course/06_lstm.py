@@ -147,9 +147,8 @@ print("states and all gradients by hand, and the same from Quire's LSTM")
 #
 #     dc_(t-k) = f_t f_(t-1) ... f_(t-k+1) dc_t     and what comes in by way of the gates
 #
-# As long as a forget gate is open, f near 1, this part of the gradient stays what it was: it is a sum with weight 1 that
-# carries it, not a product. And when the gate closes, the gradient stops, as it should: what was forgotten has no part
-# in what follows.
+# As long as a forget gate is open, f near 1, this part of the gradient stays what it was. And when the gate closes, the
+# gradient stops, as it should: what was forgotten has no part in what follows.
 #
 # So the forget gate should begin open. Its sum s_f is near 0 at first, and sigmoid(0) = 1/2 would halve the gradient
 # at each step. Quire starts its bias at 1 (Gers et al. 2000; Jozefowicz et al. 2015): sigmoid(1) = 0.73. Here is the
@@ -207,7 +206,7 @@ model = Recurrent(size=32, hidden=128)
 nn.init.constant_(model.lstm.bias_ih_l0.detach()[128 : 2 * 128], forget_bias)
 weights = list(model.parameters())
 adam = torch.optim.Adam(weights)
-count = steps(1000)
+count = steps(1500)
 for step_number in range(count):
     x, y = batch(16)
     with torch.no_grad(), recording(model):
@@ -215,7 +214,7 @@ for step_number in range(count):
         model.backward()
     nn.utils.clip_grad_norm_(weights, 1.0)  # as written out in chapter 5
     for group in adam.param_groups:
-        group["lr"] = 0.005 * (1 - step_number / count)
+        group["lr"] = 0.01 * (1 - step_number / count)
     adam.step()
     adam.zero_grad()
     if step_number % (count // 10) == 0:
