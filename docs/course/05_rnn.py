@@ -258,7 +258,7 @@ for first, last in (0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63):
 # so that the gradient never goes back more than eight characters. What happens to the loss? And what happens after
 # eight characters, where this network was never trained?
 #
-# **Answer.** Held out 1.984 in place of 1.808. A part of that is not the distance: a step now learns from 128 characters
-# and not from 1,024, and its gradient is noisier, so that it was longer than 1 and shortened in 1,180 of the 1,500 steps
-# (with T: in 1). But nothing breaks after eight characters: 1.988 at places 5 to 8, 1.970 from 33 on. The weights are the
-# same at every step, and a state that served well for eight steps is a good one to go on from.
+# **Answer.** Held out 1.984 in place of 1.808. A part of that is not the distance: a step now learns from 128
+# characters and not from 1,024. Its gradient is noisier, so that it was longer than 1 and shortened in 1,180 of the
+# 1,500 steps (with T: in 1). But nothing breaks after eight characters: 1.988 at places 5 to 8, 1.970 from 33 on. The
+# weights are the same at every step, and a state that served well for eight steps is a good one to go on from.
