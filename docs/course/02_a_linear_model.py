@@ -170,7 +170,7 @@ print(f"{share:.1%} of all characters are spaces: the learning rate is safe belo
 learning_rate = 20.0
 embedding = Embedding(V, V)
 nn.init.zeros_(embedding.weight)
-count = steps(3000, short=100)
+count = steps(3000, short=40)
 for step in range(count):
     x, y = batch(256)  # (B, T): 16,384 pairs
     with torch.no_grad(), recording(embedding), recording(cross_entropy):
@@ -189,7 +189,7 @@ counts = torch.bincount(training[:-1] * V + training[1:], minlength=V * V).view(
 counted = counts / counts.sum(1, keepdim=True).clamp(min=1)
 learned = torch.softmax(embedding.weight.detach().double(), dim=1)
 
-for a in tokenizer.encode("eq "):
+for a in tokenizer.encode("eq ", unknown="skip"):
     print(f"after {tokenizer.name(a)!r}, counted and learned:", end="")
     for j in counted[a].topk(4).indices.tolist():
         print(f"   {tokenizer.name(j)!r} {counted[a, j]:.3f} {learned[a, j]:.3f}", end="")

@@ -187,6 +187,7 @@ class Bengio(Layer):
 # %%
 context = 8
 model = Bengio(n=context, size=24, hidden=256)
+beginning = model.embedding.weight.detach().clone()
 weights = list(model.parameters())
 velocities = [torch.zeros_like(weight) for weight in weights]
 count = steps(1500)
@@ -212,14 +213,19 @@ print(
 )
 
 # %% [markdown]
+# That is a large step from the sum of tables, though not yet below the best table of counts of chapter 1, 1.773 for
+# strings of four characters. That table holds 133,293 different strings of five, all it will ever know. This model has
+# half as many numbers, has trained for less than a minute, and still improves where it is trained longer.
+#
 # ## What the vectors have learned
 #
-# Nobody told the model what a vowel is, or that a capital and its small letter belong together. For each character,
-# these are the ones whose vectors point most nearly the same way (the cosine of the angle between them is largest).
+# Nobody told the model what a vowel is, or that a capital and its small letter belong together. The vectors began at
+# random; what training has added to them is what was learned. For each character, these are the ones to whose vectors
+# it has added the most similar thing (the cosine of the angle between the two is largest).
 
 # %%
-E = model.embedding.weight.detach()
-directions = E / E.norm(dim=1, keepdim=True)
+learned = model.embedding.weight.detach() - beginning
+directions = learned / learned.norm(dim=1, keepdim=True).clamp(min=1e-9)
 for character in "aeiotsAB.\n":
     if character in tokenizer.characters:
         cosines = directions @ directions[tokenizer.encode(character)[0]]
@@ -237,4 +243,8 @@ for character in "aeiotsAB.\n":
 #
 #     context = 3
 #
-# **Answer.** ANSWER
+# How much worse does it become with so much less to go by?
+#
+# **Answer.** Hardly: 1.877 in place of 1.869. (Three characters, counted and smoothed, gave 1.797.) More context only
+# opens the possibility of a better model: five more characters bring 30,720 more weights, each tied to one place, and
+# 1,500 steps are few for them. A model that uses the same weights at every place needs fewer: the next chapter.

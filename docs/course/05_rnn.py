@@ -228,7 +228,7 @@ print(f"the gradient was longer than 1 and shortened in {cut} of {count} steps")
 # %%
 loss = measure(model)
 print(write(model))
-print(f"held-out loss: 8 characters and a hidden layer MLP_LOSS, this network {loss:.3f} nats per character")
+print(f"held-out loss: 8 characters and a hidden layer 1.869, this network {loss:.3f} nats per character")
 
 # %% [markdown]
 # ## How far back does it look?
@@ -242,6 +242,9 @@ for first, last in (0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63):
     print(f"{first + 1:2} to {last + 1:2} characters read: {losses[first : last + 1].mean().item():.3f}")
 
 # %% [markdown]
+# Most is won within the first eight characters: 1.80 there, 1.78 from 33 on. Nothing in the model says eight. It is the
+# vanishing gradient, seen from outside: what lies further back was hardly ever heard of in training.
+#
 # ## Experiment
 #
 # Change the line
@@ -252,4 +255,10 @@ for first, last in (0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63):
 #
 #     length = 8
 #
-# **Answer.** ANSWER
+# so that the gradient never goes back more than eight characters. What happens to the loss? And what happens after
+# eight characters, where this network was never trained?
+#
+# **Answer.** Held out 1.984 in place of 1.808. A part of that is not the distance: a step now learns from 128
+# characters and not from 1,024. Its gradient is noisier, so that it was longer than 1 and shortened in 1,180 of the
+# 1,500 steps (with T: in 1). But nothing breaks after eight characters: 1.988 at places 5 to 8, 1.970 from 33 on. The
+# weights are the same at every step, and a state that served well for eight steps is a good one to go on from.
