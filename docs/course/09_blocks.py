@@ -15,6 +15,7 @@
 
 # %%
 import math
+import textwrap
 
 import torch
 from course import T, V, batch, measure, steps, write
@@ -317,7 +318,8 @@ settings = GPTSettings(**shape, layers=2, tied=False, norm_placement=norm_placem
 model = GPT(settings)
 nn.init.normal_(model.token_embedding.weight, std=0.3)  # see below
 print(f"Quire's GPT has {sum(p.numel() for p in model.parameters()):,} parameters, named as ours:")
-print(", ".join(name for name, _ in model.named_parameters() if not name.startswith("blocks.1")))
+names = ", ".join(name for name, _ in model.named_parameters() if not name.startswith("blocks.1"))
+print(textwrap.fill(names, width=120))
 
 # %% [markdown]
 # The names are the same, so one loads the weights of the other. Their logits and the gradients of all parameters agree.
