@@ -117,25 +117,23 @@ def loss_of(E: Tensor) -> float:
     return -torch.log_softmax(z, dim=1)[torch.arange(N), targets].mean().item()
 
 
-often, h = int(ids.flatten().mode().values), 1e-5
+repeated, h = int(ids.flatten().mode().values), 1e-5
 nudge = torch.zeros(V, D, dtype=double)
-nudge[often, 0] = h
+nudge[repeated, 0] = h
 nudged = (loss_of(E + nudge) - loss_of(E - nudge)) / (2 * h)
-print(f"row of {tokenizer.name(often)!r}: derived {dE[often, 0].item():+.9f}, nudged {nudged:+.9f}")
-assert abs(dE[often, 0].item() - nudged) < 1e-8
+print(f"row of {tokenizer.name(repeated)!r}: derived {dE[repeated, 0].item():+.9f}, nudged {nudged:+.9f}")
+assert abs(dE[repeated, 0].item() - nudged) < 1e-8
 
-layers = embed, first, bend, second, cross_entropy = (
-    Embedding(V, D), Linear(n * D, H), ReLU(), Linear(H, V), CrossEntropy()
-)  # fmt: skip
-pairs = {embed.weight: dE, first.weight: dW1, first.bias: db1, second.weight: dW2, second.bias: db2}
-whole = nn.ModuleList(layers).double()
-for weight, ours in zip((embed.weight, first.weight, first.bias, second.weight, second.bias), (E, W1, b1, W2, b2)):
-    weight.data.copy_(ours)
-with torch.no_grad(), recording(whole):
+embed, first, bend, second, cross_entropy = Embedding(V, D), Linear(n * D, H), ReLU(), Linear(H, V), CrossEntropy()
+layers = nn.ModuleList((embed, first, bend, second, cross_entropy)).double()
+weights = embed.weight, first.weight, first.bias, second.weight, second.bias
+with torch.no_grad(), recording(layers):
+    for weight, ours in zip(weights, (E, W1, b1, W2, b2)):
+        weight.copy_(ours)
     cross_entropy(second(bend(first(embed(ids).flatten(1)))), targets)
     dx_again = first.backward(bend.backward(second.backward(cross_entropy.backward())))
     embed.backward(dx_again.view(N, n, D))
-assert all(torch.allclose(weight.grad, ours) for weight, ours in pairs.items())
+assert all(torch.allclose(weight.grad, derived) for weight, derived in zip(weights, (dE, dW1, db1, dW2, db2)))
 print("five gradients by hand, and the same from Quire's layers")
 
 
@@ -221,18 +219,23 @@ print(
 #
 # Nobody told the model what a vowel is, or that a capital and its small letter belong together. The vectors began at
 # random; what training has added to them is what was learned. For each character, these are the ones to whose vectors
-# it has added the most similar thing (the cosine of the angle between the two is largest).
+# it has added the most similar thing (the cosine of the angle between the two is largest), among those that occur often
+# enough to have learned anything.
 
 # %%
+often = torch.bincount(training, minlength=V) >= 1000
 learned = model.embedding.weight.detach() - beginning
 directions = learned / learned.norm(dim=1, keepdim=True).clamp(min=1e-9)
 for character in "aeiotsAB.\n":
     if character in tokenizer.characters:
-        cosines = directions @ directions[tokenizer.encode(character)[0]]
+        cosines = (directions @ directions[tokenizer.encode(character)[0]]).where(often, -1.0)
         nearest = cosines.topk(5).indices.tolist()[1:]
         print(f"{character!r:>5} is near", ", ".join(f"{tokenizer.name(i)!r} ({cosines[i]:.2f})" for i in nearest))
 
 # %% [markdown]
+# Vowels have come near vowels, capitals near capitals, and the signs that end a sentence near each other: each of them
+# is followed by the same sort of thing, and whatever is learned about one is half learned about the others.
+#
 # ## Experiment
 #
 # Change the line
