@@ -263,7 +263,8 @@ print("our block is Quire's PreNormBlock")
 # bears large steps, and the deeper it is the more; before-norm hardly does.
 #
 # Here are 12 blocks of each kind, fresh, and the lengths of the gradients of their feedforwards' last weights. Compare
-# the two in block 12.
+# the two in block 12: after-norm's are three times as long. And before-norm's first blocks receive seven times what its
+# last one does.
 
 # %%
 shape = {"vocabulary_size": V, "context_length": T, "embedding_size": C, "heads": H, "feedforward": "gelu"}
@@ -364,3 +365,28 @@ for step in range(count):
 loss = measure(model)
 print(f"held-out loss: {loss:.3f}")
 print(write(model))
+
+# %% [markdown]
+# Most words are words now, and speakers have lines. Still, the LSTM of chapter 6 reached 1.720 in about the same time.
+# Nothing is wrong with the model: attention has to learn from examples what a recurrent network has built in, that what
+# came just before matters most, and it is slow at that when places are learned vectors and the steps are chosen
+# carelessly. That is the next chapter.
+#
+# **Held-out loss of this chapter: 1.932 nats per character.**
+#
+# ## Experiment
+#
+# Change the line
+#
+#     norm_placement = "pre"
+#
+# into
+#
+#     norm_placement = "post"
+#
+# The two blocks then have their norms after the sums, and there is none before the head. Does it train?
+#
+# **Answer.** It does, and just as well: 1.928 in place of 1.932, no more than another seed would change. It even starts
+# a little faster (2.37 against 2.45 after 200 steps). With two blocks there are only four
+# norms in the gradient's way, and the stream cannot grow. The difference comes with depth: GPT-2 and nearly all large
+# models after it have their norms before.
