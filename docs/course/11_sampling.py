@@ -296,9 +296,8 @@ print(f"[{len(words)} words, {len(set(words))} of them different]")
 #
 # What do you expect of a model that nearly always says what it finds likeliest?
 #
-# **Answer.** "the so the have the have the have the death the": 358 words, only 32 of them different, where it was 181
-# of
-# 303. After a space "t" is the likeliest letter, after "t" an "h", and then it stands before the same choice again. Each
-# step is likely, and the whole is unlike anything in the text: one sentence without an end. Real text has the entropy
-# that the model measured, and drawing near t = 1 keeps it. The better a model is, the lower its temperature may be
-# before it falls into such circles.
+# **Answer.** "the so the have the have the have the death the": of 358 words only 32 are different; above it was 181 of
+# 303. After a space "t" is the likeliest letter, after "t" an "h", and then it stands before the same choice again.
+# Each step is likely, and the whole is unlike anything in the text: one sentence without an end. Real text has the
+# entropy that the model measures in it, about, and drawing near t = 1 keeps that. The better a model is, the lower its
+# temperature may be before it runs in such circles.
