@@ -11,6 +11,7 @@
 # | g_t | the gradient at step t; w_t the weights |
 # | a | the learning rate |
 # | m_t, v_t | running means of g and of g^2; b1, b2 how slowly they forget |
+# | G = U S V^T | a matrix's gradient as directions U, V and strengths S (in Muon; elsewhere V is the vocabulary) |
 
 # %%
 import math
@@ -318,15 +319,15 @@ for name, dropout, decay in ("neither", 0.0, 0.0), ("weight decay 1", 0.0, 1.0),
 #
 #     G = U S V^T    becomes    U V^T
 #
-# It is the matrix that gains most, <G, M> largest, among all M that lengthen no vector: <G, M> = sum over i of s_i
-# u_i^T M v_i, no term is larger than s_i, and U V^T reaches that in every one. The momentum takes the place of G, as in
-# Adam. U V^T is found without a decomposition. p(M) = a M + b M M^T M + c M M^T M M^T M acts on the singular values
-# alone, each s becomes a s + b s^3 + c s^5; coefficients that drive all of them towards 1 are known, and five rounds
-# will do.
+# It is the matrix that gains most, <G, M> largest, among all M that lengthen no vector. For <G, M> = sum over i of s_i
+# u_i^T M v_i, where no term is larger than s_i, and U V^T reaches that in every one. The momentum takes the place of G,
+# as in Adam. U V^T is found without a decomposition. p(M) = a M + b M M^T M + c M M^T M M^T M acts on the singular
+# values alone, each s becomes a s + b s^3 + c s^5; coefficients that drive all of them towards 1 are known, and five
+# rounds will do.
 #
-# A step of U V^T has in each of its entries about 1 / sqrt(rows) or 1 / sqrt(columns), whichever is less; times 0.2
-# times the root of the larger, it is about as large as a step of Adam's (Liu et al. 2025). Embeddings and the head stay
-# with Adam: their rows belong to single characters, not to directions.
+# The entries of U V^T are about 1 / sqrt(n), n the larger of its rows and columns. Times 0.2 sqrt(n) a step is as large
+# as one of Adam's usually is (Liu et al. 2025). Embeddings and the head stay with Adam: their rows belong to single
+# characters, not to directions.
 
 
 # %%
@@ -342,7 +343,7 @@ def orthogonal(G: Tensor) -> Tensor:
 G = torch.randn(64, 256)
 U, S, Vh = torch.linalg.svd(G, full_matrices=False)
 s = torch.linalg.svdvals(orthogonal(G))
-print(f"singular values were {S.min():.1f} to {S.max():.1f}, and are {s.min():.2f} to {s.max():.2f}: near 1, not more")
+print(f"singular values were {S.min():.1f} to {S.max():.1f}, and are {s.min():.2f} to {s.max():.2f}, near enough to 1")
 assert torch.allclose(orthogonal(G), newton_schulz(G.unsqueeze(0))[0], atol=1e-3)
 
 weight = nn.Parameter(torch.randn(64, 256))
@@ -361,7 +362,8 @@ print("three steps: Quire's Muon and these lines come to the same weights")
 # ## The run
 #
 # The whole text is a hundred times as long, and a model of this size does not learn it by heart in so few steps. So: no
-# dropout, a little weight decay, warm-up, cosine, clipping; Muon for the matrices of the blocks, AdamW for the rest.
+# dropout, a little weight decay, warm-up, cosine, clipping; Muon for the matrices of the blocks, AdamW (torch's, which
+# came to the same weights as ours) for the rest.
 
 # %%
 torch.manual_seed(1)
@@ -386,9 +388,13 @@ print(f"held-out loss: {loss:.3f}")
 print(write(model))
 
 # %% [markdown]
-# LOSSTEXT
+# That is below the LSTM's 1.720 and all that came before. What was it? The same model with AdamW alone came to 1.824 in
+# 1,000 steps, where Muon came to 1.733, and to 1.746 in 1,600. Steps, batch and learning rates were chosen for two
+# minutes of one core. A model that is four times as large and trains for an hour is another matter; that is what `quire
+# train
+# --minutes` works out.
 #
-# **Held-out loss of this chapter: GPT_LOSS nats per character.**
+# **Held-out loss of this chapter: 1.693 nats per character.**
 #
 # ## Experiment
 #

@@ -36,7 +36,7 @@ torch.manual_seed(1)
 # %% [markdown]
 # ## A model to write with
 #
-# Chapter 10's with two blocks, torch's AdamW, and fewer steps.
+# Chapter 10's with two blocks, AdamW alone, and fewer steps.
 
 # %%
 shape = {"layers": 2, "heads": 4, "embedding_size": 64, "tied": False, "positions": "rotary"}
