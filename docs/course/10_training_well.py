@@ -32,18 +32,9 @@ torch.manual_seed(1)
 
 def build(layers: int = 3, dropout: float = 0.0) -> GPT:
     """Chapter 9's GPT with rotary positions (chapter 7), and max(0, a)^2 for its bend: as good as GELU, and faster."""
-    settings = GPTSettings(
-        vocabulary_size=V,
-        context_length=T,
-        embedding_size=64,
-        layers=layers,
-        heads=4,
-        tied=False,
-        positions="rotary",
-        feedforward="squared-relu",
-        dropout=dropout,
-        initialization="zero-output",
-    )
+    shape = {"context_length": T, "embedding_size": 64, "layers": layers, "heads": 4, "tied": False}
+    parts = {"positions": "rotary", "feedforward": "squared-relu", "initialization": "zero-output"}
+    settings = GPTSettings(vocabulary_size=V, dropout=dropout, **shape, **parts)
     model = GPT(settings)
     nn.init.normal_(model.token_embedding.weight, std=0.3)
     return model
@@ -139,11 +130,11 @@ class AdamW:
 ours, theirs = build(layers=1), build(layers=1)
 theirs.load_state_dict(ours.state_dict())
 adamw = AdamW(ours)
-matrices = [w for w in theirs.parameters() if w.dim() == 2]
-vectors = [w for w in theirs.parameters() if w.dim() != 2]
-torchs = torch.optim.AdamW(
-    [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=0.003, betas=(0.9, 0.99)
-)
+groups = [
+    {"params": [w for w in theirs.parameters() if w.dim() == 2], "weight_decay": 0.1},
+    {"params": [w for w in theirs.parameters() if w.dim() != 2], "weight_decay": 0.0},
+]
+torchs = torch.optim.AdamW(groups, lr=0.003, betas=(0.9, 0.99))
 before = ours.head.weight.detach().clone()
 for step in range(5):
     windows = draw(4)
@@ -296,7 +287,7 @@ for name, dropout, decay in ("neither", 0.0, 0.0), ("weight decay 1", 0.0, 1.0),
     torch.manual_seed(4)
     model, seen = build(layers=2, dropout=dropout), []
     adamw = AdamW(model, decay=decay)
-    count = steps(400)
+    count = steps(400, short=8)
     for step in range(count):
         ENGINES["manual"].backpropagate(model, draw(8, few), 1.0)
         clip(model, 1.0)
