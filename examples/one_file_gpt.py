@@ -177,13 +177,14 @@ class GPT:
         self.characters = Parameter(torch.randn(vocabulary_size, C) * 0.02)
         self.places = Parameter(torch.randn(context_length, C) * 0.02)
         small = 0.02 / math.sqrt(2 * layers)  # of what is added to the stream, which so does not grow with depth
-        first = [{"norm 1": pair(C), "qkv": pair(C, 3 * C), "out": pair(C, C, deviation=small)} for _ in range(layers)]
         self.blocks = [
-            w | {"norm 2": pair(C), "up": pair(C, 4 * C), "down": pair(4 * C, C, deviation=small)} for w in first
-        ]
+            {"norm 1": pair(C), "qkv": pair(C, 3 * C), "out": pair(C, C, deviation=small),
+             "norm 2": pair(C), "up": pair(C, 4 * C), "down": pair(4 * C, C, deviation=small)}
+            for _ in range(layers)
+        ]  # fmt: skip
         self.norm = pair(C)
-        pairs = [self.norm, *(pair for w in self.blocks for pair in w.values())]
-        self.parameters = [self.characters, self.places, *(parameter for pair in pairs for parameter in pair)]
+        pairs = [self.norm, *(two for w in self.blocks for two in w.values())]
+        self.parameters = [self.characters, self.places, *(parameter for two in pairs for parameter in two)]
 
     def __call__(self, inputs):
         E, P, T = self.characters, self.places, inputs.shape[1]
@@ -249,8 +250,8 @@ def write(model, text, count, temperature=0.8, top_k=100):
     return text
 
 
-FLAGS = {"steps": 1000, "learning-rate": 2e-3, "batch-size": 16, "context-length": 64, "embedding-size": 128,
-         "layers": 4, "heads": 4, "prompt": "", "tokens": 500, "temperature": 0.8, "top-k": 100, "seed": 1}  # fmt: skip
+FLAGS = {"steps": 1000, "learning-rate": 4e-3, "batch-size": 8, "context-length": 64, "embedding-size": 128,
+         "layers": 2, "heads": 4, "prompt": "", "tokens": 500, "temperature": 0.8, "top-k": 100, "seed": 1}  # fmt: skip
 
 
 def read(options):
