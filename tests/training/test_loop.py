@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from quire import checkpoint, files
+from quire.cli.ending import show_ending
 from quire.errors import UserError
 from quire.plots.loss import plot_losses
 from quire.run import Run
@@ -41,7 +42,7 @@ def test_a_line_at_least_every_ten_steps_and_an_evaluation_at_each_interval(lab,
 
 
 @pytest.mark.parametrize("length", [0, 1, 25])
-def test_a_sample_is_as_long_as_asked_for(lab, length):
+def test_a_sample_is_as_long_as_asked_for(lab, length, capsys):
     """Characters are tokens here; a training writes and measures the same whatever it shows of itself."""
     run, other = lab.train("run", steps=20, sample_tokens=length), lab.train("other", steps=20)
     if length:
@@ -50,6 +51,8 @@ def test_a_sample_is_as_long_as_asked_for(lab, length):
     else:
         assert not (run.path / "samples.md").exists()
     assert lab.timeless(run) == lab.timeless(other)
+    show_ending(run, False)
+    assert ("The model writes:" in capsys.readouterr().err) == bool(length)
     resume(run, steps=5)
     with pytest.raises(UserError, match="--sample-tokens must be a finite number of at least 0, not -1"):
         lab.train("negative", steps=20, sample_tokens=-1)
