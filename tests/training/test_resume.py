@@ -68,7 +68,6 @@ from quire.cli.main import call
 from quire.training import loop
 
 loop.plot_losses = lambda *arguments: None
-loop.SAMPLE_TOKENS = 40
 step_optimizers = loop.Trainer.step_optimizers
 
 def train_and_interrupt(step, name, words, errors):
