@@ -203,15 +203,6 @@ def test_compiles(kind, built):
     equal(found, expected, 1e-10)
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pairs") / "pairs.tsv"
-    words = ["owl", "night", "river", "stone", "below", "upon", "calls"]
-    lines = [f"{a} {b}\t{b} {c} {a}" for a in words for b in words for c in words[:3]]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_trains_resumes_and_loads(kind, desk: Path, pairs: Path, small_settings):
     """From a text to a run by either engine: the same steps, resumed bit for bit, measured and made to write."""
