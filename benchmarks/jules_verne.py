@@ -1,7 +1,7 @@
 """Jules Verne by characters: the losses that the hand-written engine and the default one reach in the same minutes.
 
-    python benchmarks/jules_verne.py [--minutes 10] [--engines autograd manual] [--presets default lstm] [--picture FILE]
-        [-- further flags of quire train, for every run]
+    python benchmarks/jules_verne.py [--minutes 10] [--engines autograd manual] [--presets default lstm]
+        [--picture FILE] [-- further flags of quire train, for every run]
 
 The published figure beside it is that of eduardoleao052/Transformer-from-scratch: 1.01 nats per character on texts of
 the same author, after 100,000 steps in 10 h 40 min on a GTX 1070. It does not say whether of text that was trained on;

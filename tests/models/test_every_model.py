@@ -113,6 +113,21 @@ def test_recomputed_blocks_give_the_same_gradient_from_less_memory(kind, engine,
     assert kept_bytes(model, engine, batch) < kept
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_both_engines_in_mixed_precision(kind, built):
+    """Under autocast the products are bfloat16 in both, and their gradients right to its precision."""
+    model = built(kind).float().train()
+    batch = a_batch(model)
+    exact_loss, exact = gradients(model, "autograd", batch)
+    for engine in ENGINES:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            loss, found = gradients(model, engine, batch)
+        assert loss == pytest.approx(exact_loss, rel=0.02)
+        assert all(gradient.dtype == torch.float32 for gradient in found)
+        off = torch.stack([(a - b).norm() for a, b in zip(found, exact, strict=True)]).norm()
+        assert float(off / torch.stack([b.norm() for b in exact]).norm()) < 0.1
+
+
 def kept_bytes(model: Any, engine: str, batch: Batch) -> int:
     """What forward keeps for backward, parameters not counted."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

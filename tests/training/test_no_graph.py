@@ -80,7 +80,8 @@ def settings(small_settings: Callable[..., Any]) -> Callable[[str], dict[str, An
         stack = ({"kind": "embedding", "size": 16}, {"kind": "positional-embedding"}, {"kind": "dropout"},
                  {"kind": "rnn", "residual": True}, {"kind": "lstm", "size": 12, "dropout": 0.1}, {"kind": "gru"},
                  {"kind": "attention", "dropout": 0.1}, {"kind": "dense", "activation": "gelu"},
-                 {"kind": "block", "heads": 2}, {"kind": "feedforward", "activation": "relu"}, {"kind": "layernorm"})  # fmt: skip
+                 {"kind": "block", "heads": 2}, {"kind": "feedforward", "activation": "relu"},
+                 {"kind": "layernorm"})  # fmt: skip
         context = 32 if MODELS[kind].Settings.reads_source else 16
         return to_table(small_settings(kind, context_length=context, layers=2, dropout=0.1, stack=stack))
 
