@@ -100,9 +100,10 @@ class Trainer:
                     )
 
     def wrap_model(self) -> None:
-        """Compile the model where that is asked for or pays."""
+        """Compile the model where that is asked for or pays; refuse one that the engine cannot train."""
         model, shape = self.model, self.run.settings
         self.wrapped = compiled(model, self.settings, self.precision, shape.vocabulary_size, shape.context_length)
+        self.engine.check(self.wrapped)
 
     def update(self) -> None:
         """One optimizer step on the next batch_size x accumulation_steps windows of the context length, or as many
@@ -119,6 +120,7 @@ class Trainer:
             scale = share * self.precision.loss_scale()
             with self.precision.autocast():
                 loss = loss + share * self.engine.backpropagate(self.wrapped, part.to(self.device), scale)
+        self.engine.synchronize(self.model)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         clip = settings.gradient_clip or math.inf

@@ -191,7 +191,7 @@ def test_patience_lowers_the_learning_rate(lab, losing, capsys):
 # ---- losses that are not to be trusted ----------------------------------------------------------------------------
 
 
-class Faulty:
+class Faulty(engines.Autograd):
     """An engine that gives a bad loss, or bad gradients, at some steps."""
 
     def __init__(self, steps: set[int], fault: str) -> None:
