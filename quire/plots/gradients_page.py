@@ -61,6 +61,7 @@ def write_gradients_page(
     path: Path, title: str, tokens: Sequence[str], loss: float, nodes: Sequence[GraphNode]
 ) -> None:
     """Write the page: the graph of all calls from `tokens` to `loss`, to be walked forward and then backward."""
+    assert nodes, "a pass has calls"
     texts: dict[str, int] = {}  # equations and code, which every block repeats, are written once
 
     def text(words: str) -> int:

@@ -92,7 +92,7 @@ def _node(call: dict[str, Any], model: Layer, wrong: str) -> GraphNode:
         verdict = "wrong" if call["name"] == wrong else "within" if not call["name"] or wrong.startswith(call["name"] + ".") else "agrees"
     bad = verdict != "agrees"
     return GraphNode(
-        number=call["number"], name=call["name"], layer=call["layer"], parent=call["parent"], sources=call["sources"] if call["leaf"] else (),
+        number=call["number"], name=call["name"], layer=call["layer"], parent=call["parent"], sources=call["sources"],
         equation=inspect.getdoc(type(layer)).splitlines()[0], derivation="\n".join(comments),
         forward_code=inspect.getsource(type(layer).forward), backward_code=code, inputs=call["inputs"], output=call["output"],
         activation_norm=norm(call["activation"]), gradient_norm=norm(call.get("grad")), returned_norm=norm(call.get("returned")),
