@@ -38,7 +38,7 @@ function tell(call) {
   make("div", call.name || "the whole model", "path mono", names);
   make("span", MARKS[call.verdict] || call.verdict, `verdict ${call.wrongness}`, head);
   if (call.equation) call.equation.split("`").reduce((p, piece, i) => { p.append(i % 2 ? make("code", piece) : piece); return p; }, make("p", null, "equation", panel));
-  if (call.derivation) make("p", call.derivation.split("\n").map((line) => line.replace(/^\s*#\s?/, "")).join("\n"), "derivation mono", panel);
+  if (call.derivation) make("p", call.derivation.replace(/^\s*#\s?/gm, "").replace(/\n(?=\p{Ll})/gu, " "), "derivation mono", panel);  // sentences flow on
   const tiles = make("div", null, "tiles", panel);
   for (const [name, value] of [["norm of the activation", call.activation_norm], ["of the gradient that arrives", call.gradient_norm], ["of the gradient it returns", call.returned_norm]]) {
     const tile = make("div", null, "", tiles);
@@ -92,7 +92,7 @@ function heat(maps, name, picture, output, back) {
   const [rows, columns] = picture.size, last = (output.match(/\d+/g) || []).slice(-2).map(Number), bytes = Uint8Array.from(atob(picture.data), (c) => c.charCodeAt(0)), colours = palette(back);
   const size = last.length === 2 && last.every((n, i) => n >= picture.whole[i]) ? last : picture.whole;  // pictures may come pooled
   make("b", name, "", caption);
-  caption.append(`, ${size.join(" × ")}, largest ${number(picture.largest)}`);
+  caption.append(`, ${size.join(" × ")}, up to ${number(picture.largest)}`);
   canvas.width = columns; canvas.height = rows;
   canvas.style.height = `${Math.max(24, Math.min(220, rows * Math.max(6, Math.min(14, Math.round(170 / rows)))))}px`;
   canvas.setAttribute("role", "img");
