@@ -206,6 +206,7 @@ function arrange(box) {
     const middle = (row.length - 1) / 2, fan = row.length % 2 === 1 && wanted.every((x) => x === wanted[0]);
     const shift = fan ? wanted[0] - row[middle].x : row.reduce((sum, item, i) => sum + wanted[i] - item.x, 0) / row.length;
     for (const item of row) item.x += shift;
+    if (row.length === 1 && Math.abs(row[0].x) < 16) row[0].x = 0;  // no small jogs
   }
   // Down.
   let y = box === page ? -6 : HEADING;
