@@ -18,7 +18,8 @@ function chips(items) {
     return chip;
   });
 }
-const behind = (item) => isPoint(item) ? item.reads.flatMap(behind) : [item];
+const stream = { kind: "end", name: "the sum before it", children: [], parent: null };
+const behind = (item) => isPoint(item) ? item.reads.map((one) => isPoint(one) ? stream : one) : [item];
 function reading(call) {  // what a call reads from outside, and what reads it: through sums, to the calls themselves
   const own = (item) => item === call || ancestors(item).includes(call), unique = (list) => [...new Set(list)].filter((item) => !own(item));
   const readers = (sources) => unique(leaves.filter((leaf) => sources.some((one) => leaf.reads.includes(one)) && !own(leaf)));
