@@ -119,20 +119,22 @@ def relative(gap: float, size: float) -> float:
 # ---- finite differences ----
 
 
-def numerical(call: Call, leaves: Sequence[Leaf], grads: list[Tensor], seed: int) -> tuple[float | None, bool]:
+def numerical(
+    call: Call, leaves: Sequence[Leaf], grads: list[Tensor], steps: Sequence[float] = STEPS
+) -> tuple[float | None, bool]:
     """The relative difference of the slope along a random direction, measured, to the one that the gradients foretell.
 
     Central differences: <g, y(x + h d) - y(x - h d)> / 2h beside <gradient, d>, with d of the size of what it moves.
     Divided by the root mean square that <gradient, d> has over such directions. Several steps h are tried until one
     agrees; None, and True, where the slopes to both sides differ by as much as is missing: at a kink, as of ReLU.
     """
-    directions = [direction(leaf.tensor, seed + number) for number, leaf in enumerate(leaves)]
+    directions = [direction(leaf.tensor, call.number + number) for number, leaf in enumerate(leaves)]
     parts = [(leaf.found * d).sum() for leaf, d in zip(leaves, directions, strict=True)]
     foretold = float(sum(parts)) if parts else 0.0
     size = float(sum((leaf.found * d).square().sum() for leaf, d in zip(leaves, directions, strict=True))) ** 0.5
     best = float("inf")
     with torch.no_grad():
-        for step in STEPS:
+        for step in steps:
             after, before = moved(call, leaves, directions, step), moved(call, leaves, directions, -step)
             slope = along(grads, after, before) / (2 * step)
             weighed = sum(float((g * torch.nan_to_num(y, 0.0, 0.0, 0.0)).square().sum()) for g, y in zip(grads, after))

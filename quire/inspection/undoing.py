@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from quire.inspection.calls import Call, floating, norm, picture, replaced
-from quire.inspection.local_check import Apart, Findings, Leaf, Reference, by_autograd, differences, numerical, trained
+from quire.inspection.local_check import (
+    STEPS,
+    Apart,
+    Findings,
+    Leaf,
+    Reference,
+    by_autograd,
+    differences,
+    numerical,
+    trained,
+)
 from quire.layers.layer import Layer
 from quire.progress import Update
 
@@ -224,7 +234,8 @@ def compare(
     """Fill in the differences of a call's gradients, all together."""
     if reference is not None:
         findings.autograd = max(differences(leaves, reference, grads))
-    findings.numerical, kink = numerical(call, leaves, grads, call.number)
+    steps = STEPS[:1] if findings.bad else STEPS  # that it is wrong is known: no need to look for a better step
+    findings.numerical, kink = numerical(call, leaves, grads, steps)
     if kink:
         findings.remarks.append("finite differences step over a kink, where there is no slope")
 
@@ -235,7 +246,7 @@ def compare_apart(
     """Fill in the differences gradient by gradient."""
     gaps = [None] * len(leaves) if reference is None else differences(leaves, reference, grads)
     for leaf, gap in zip(leaves, gaps, strict=True):
-        findings.apart.append(Apart(leaf.name, gap, numerical(call, [leaf], grads, call.number)[0]))
+        findings.apart.append(Apart(leaf.name, gap, numerical(call, [leaf], grads)[0]))
 
 
 def listed(shapes: Sequence[tuple[int, ...]]) -> str:
