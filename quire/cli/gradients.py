@@ -10,7 +10,7 @@ import tyro
 
 from quire.cli.flags import RunPath, Switch, parse, print_json
 from quire.inspection.gradients import AGREES, WITHIN, WRONG, Gradients, LayerCall, gradients
-from quire.inspection.local_check import AGREES_AUTOGRAD, AGREES_NUMERICAL
+from quire.inspection.local_check import AGREES_AUTOGRAD, AGREES_NUMERICAL, Apart
 from quire.inspection.written import code, derivation, equation, places
 from quire.layers.layer import Block, Layer
 from quire.plots.gradients_page import GraphNode, write_gradients_page
@@ -187,7 +187,7 @@ def table(calls: Sequence[LayerCall], fold: bool, each: bool) -> list[Row]:
         norms = number(call.activation_norm), number(call.gradient_norm)
         rows.append((label, shapes(call.outputs), *norms, tiny(autograd), tiny(numerical), call.verdict))
         if each or call.verdict == WRONG:
-            for part in call.apart:
+            for part in call.apart if each else filter(disagrees, call.apart):
                 label = f"{'  ' * depth}  by {part.name}"
                 rows.append((label, "", "", "", tiny(part.autograd), tiny(part.numerical), ""))
         if folded:
@@ -199,6 +199,11 @@ def table(calls: Sequence[LayerCall], fold: bool, each: bool) -> list[Row]:
     for call in inner.get(None, []):
         add(call, 0, "")
     return rows
+
+
+def disagrees(part: Apart) -> bool:
+    """Whether a gradient by itself is wrong."""
+    return not (part.autograd or 0.0) < AGREES_AUTOGRAD or not (part.numerical or 0.0) < AGREES_NUMERICAL
 
 
 def within(call: LayerCall, inner: dict[int | None, list[LayerCall]]) -> list[LayerCall]:

@@ -116,16 +116,16 @@ def gradients(
     []
     """
     run = run if isinstance(run, Run) else Run(run)
-    reads_source, tokenizer = run.settings.reads_source, run.tokenizer
-    room = min(LONGEST, run.settings.context_length)
+    settings, tokenizer = run.settings if model is None else model.settings, run.tokenizer
+    room = min(LONGEST, settings.context_length)
     ids = tokenizer.encode(prompt, unknown, "text")
     if not ids:
         raise UserError("The prompt is empty: there is nothing to read. Give some text as --prompt.")
     source: list[int] = []
-    if reads_source:
+    if settings.reads_source:
         if not target:
             raise UserError(
-                f"{run.path} is {run.settings.named}: it reads the prompt, and its loss is that of what it should then"
+                f"{run.path} is {settings.named}: it reads the prompt, and its loss is that of what it should then"
                 " write. Give that as --target."
             )
         source, whole = ids, tokenizer.encode(target, unknown, "text")
@@ -135,7 +135,7 @@ def gradients(
         ids = [tokenizer.separator, *kept, tokenizer.separator]
     else:
         if target is not None:
-            raise UserError(f"{run.path} is {run.settings.named}, which reads no source: leave --target out.")
+            raise UserError(f"{run.path} is {settings.named}, which reads no source: leave --target out.")
         prefix = run.prompt_prefix()
         left_out = max(0, len(ids) + len(prefix) - room - 1)
         ids = [*prefix, *ids[left_out:]]
@@ -145,7 +145,7 @@ def gradients(
                 " must be two at least. Give more text as --prompt."
             )
     arguments = {"tokens": torch.tensor([ids[:-1]]), "targets": torch.tensor([ids[1:]])}
-    if reads_source:
+    if settings.reads_source:
         arguments["source"] = torch.tensor([source])
     model = (model if model is not None else run.model("cpu")).double()
     found = walk(model, arguments, apart=apart)
@@ -162,8 +162,11 @@ def walk(model: Layer, arguments: dict[str, Tensor], *, seed: int = 0, apart: bo
     with as_in_training(model, seed):
         loss, calls, backward = one_pass(model, arguments, seed, None, False, apart)
         gradient = norm([p.grad for p in model.parameters() if p.grad is not None])
-        bad = {number for number, undone in backward.undone.items() if undone.findings.bad}
-        repaired = one_pass(model, arguments, seed, bad, True, apart)[2].undone if bad else {}
+        bad = [calls[number] for number, undone in backward.undone.items() if undone.findings.bad]
+        # Faults of a call and of one within it may cancel: what is around a bad one is looked at again too.
+        suspects = {call.number for call in bad}.union(*map(backward.around, bad))
+        again = one_pass(model, arguments, seed, suspects, True, apart)[2].undone if bad else {}
+    repaired = {number: undone for number, undone in again.items() if number in suspects}
     found: list[LayerCall] = []
     for call in reversed(calls):
         inner = [other for other in found if other.parent == call.number]
@@ -215,7 +218,7 @@ def described(call: Call, undone: Undone | None, repaired: Undone | None, inner:
     if undone is None or judged is None:
         verdict = UNCALLED if call.learns else IDLE
     elif judged.findings.bad:
-        verdict = WRONG
+        verdict = WITHIN if judged.doubtful else WRONG
     else:
         verdict = WITHIN if any(other.verdict in (WRONG, WITHIN) for other in inner) else AGREES
     shown = judged if verdict == AGREES else undone  # a right layer that was given nonsense shows what it is worth

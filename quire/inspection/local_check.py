@@ -82,8 +82,10 @@ def by_autograd(call: Call, grads: list[Tensor]) -> Reference:
     with torch.enable_grad(), recording(call.layer):
         inputs = [x.detach().clone().requires_grad_() for x in call.inputs()]
         outputs = call.again([x.clone() for x in inputs])  # copies, which the layer may write into
+        if not inputs and not parameters:
+            return Reference([], {})
         if not any(y.requires_grad for y in outputs):
-            return Reference([torch.zeros_like(x) for x in inputs], {p: torch.zeros_like(p) for p in parameters})
+            raise RuntimeError("its result does not know what it was made from")
         pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if y.requires_grad]
         found = torch.autograd.grad(
             [y for y, _ in pairs], [*inputs, *parameters], [g for _, g in pairs], allow_unused=True

@@ -38,6 +38,7 @@ class Undone:
     returned: float | None = None
     parameters: dict[str, float] = field(default_factory=dict)  # norms of the gradients of the layer's own
     findings: Findings = field(default_factory=Findings)
+    doubtful: bool = False  # something wrong in it could not be put right: what is wrong here may be that
 
 
 class Backward:
@@ -56,6 +57,9 @@ class Backward:
         self.pending = {call.number for call in calls}
         self.running: list[Call] = []
         self.undone: dict[int, Undone] = {}
+        self.short: set[Layer] = set()  # layers from whose tapes too much was taken
+        self.opaque: list[Call] = []  # calls that torch cannot differentiate
+        self.broken: list[Call] = []  # wrong ones among them, which cannot be put right
 
     def call(self, layer: Layer, backward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do `backward`, the layer's, for the last call not yet undone; look at what it did."""
@@ -107,12 +111,12 @@ class Backward:
             if call.parent == here.number:
                 return call
         for call in mine:
-            if here.number in self._around(call):
+            if here.number in self.around(call):
                 return call
         names = [call.name for call in self.calls if call.layer is layer] or [type(layer).__name__]
         raise Misused(f"calls the backward of {names[0]} once more than its forward called it")
 
-    def _around(self, call: Call) -> list[int]:
+    def around(self, call: Call) -> list[int]:
         """The calls within which a call was made."""
         found = []
         while call.parent is not None:
@@ -136,7 +140,7 @@ class Backward:
     def _leave_no_tape(self, call: Call, findings: Findings | None) -> None:
         """Say what the call's backward left on tapes or never undid, and take it away."""
         within = [
-            self.calls[number] for number in sorted(self.pending) if call.number in self._around(self.calls[number])
+            self.calls[number] for number in sorted(self.pending) if call.number in self.around(self.calls[number])
         ]
         self.pending -= {inner.number for inner in within}
         missing = {inner.layer for inner in within}
@@ -148,7 +152,8 @@ class Backward:
                     findings.notes.append(f"never calls the backward of {name}")
                 elif now > length:
                     findings.notes.append(f"leaves on the tape of {name or 'the model'} what its forward saved")
-                else:
+                elif layer not in self.short:
+                    self.short.add(layer)  # it is short for all calls around this one too
                     findings.notes.append(f"takes more from the tape of {name or 'the model'} than its forward saved")
                 missing.discard(layer)
             if layer.tape is not None:
@@ -192,17 +197,23 @@ class Backward:
             compare(call, leaves, grads, reference, findings)
             if self.apart or (self.repair and findings.bad):
                 compare_apart(call, leaves, grads, reference, findings)
-        if places is None or (self.repair and findings.bad):
+        if findings.bad and reference is None:
+            undone.doubtful = any(call.number in self.around(other) for other in self.broken)
+            self.broken.append(call)
+        if places is None or (self.repair and findings.bad and reference is not None):
             for parameter in trained(call).values():
                 parameter.grad = reference.parameters[parameter] if reference else None
             return self._right(call, returned if places is not None else None, places, reference)
         return returned
 
     def _reference(self, call: Call, grads: list[Tensor], findings: Findings) -> Reference | None:
+        if any(call.number in self.around(other) for other in self.opaque):
+            return None
         try:
             return by_autograd(call, grads)
         except (RuntimeError, NotImplementedError) as error:
             findings.remarks.append(f"torch cannot differentiate its forward: {str(error).splitlines()[0]}")
+            self.opaque.append(call)
             return None
 
     def _leaves(self, call: Call, found: dict[int, Tensor]) -> list[Leaf]:

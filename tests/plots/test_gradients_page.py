@@ -1,19 +1,14 @@
 """The page of one forward and one backward pass: what is in it, and what it does in a real browser."""
 
-import dataclasses
 import inspect
-import json
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
 from quire.layers.layer import Layer, recording
 from quire.models import MODELS
-from quire.plots.gradients_page import GraphNode, write_gradients_page
+from quire.plots.gradients_page import GraphNode
 
 TOKENS = ["To", " be", "\n", "<script>alert(1)</script>", "</script>", "\"'&amp;", "שלום", "😀", "\u202e", "<!--"]
 
@@ -42,7 +37,11 @@ def calls(model: Layer, length: int, wrong: str = "") -> list[GraphNode]:
         parent = inside[-1]["number"] if inside else None
         read = set().union(*(getattr(x, "sources", ()) for x in inputs if isinstance(x, torch.Tensor)))
         call = {"number": len(found), "name": names[layer], "parent": parent, "sources": tuple(sorted(read))}
-        call |= {"layer": type(layer).__name__, "leaf": True, "inputs": ", ".join(str(tuple(x.shape)) for x in inputs[:1])}
+        call |= {
+            "layer": type(layer).__name__,
+            "leaf": True,
+            "inputs": ", ".join(str(tuple(x.shape)) for x in inputs[:1]),
+        }
         for outer in inside:
             outer["leaf"] = False
         found.append(call)
@@ -69,7 +68,11 @@ def calls(model: Layer, length: int, wrong: str = "") -> list[GraphNode]:
         return backward
 
     layers = [module for module in model.modules() if isinstance(module, Layer)]
-    handles = [hook for layer in layers for hook in (layer.register_forward_pre_hook(before), layer.register_forward_hook(after))]
+    handles = [
+        hook
+        for layer in layers
+        for hook in (layer.register_forward_pre_hook(before), layer.register_forward_hook(after))
+    ]
     tokens = torch.arange(length).remainder(model.settings.vocabulary_size)[None]
     with torch.no_grad(), recording(model), Lineage():
         model(tokens, tokens.roll(-1))
@@ -89,16 +92,37 @@ def _node(call: dict[str, Any], model: Layer, wrong: str) -> GraphNode:
     picture = lambda x: x.abs()[0].flatten(1).tolist() if isinstance(x, torch.Tensor) and x.dim() >= 3 else None
     verdict = "agrees"
     if wrong:
-        verdict = "wrong" if call["name"] == wrong else "within" if not call["name"] or wrong.startswith(call["name"] + ".") else "agrees"
+        verdict = (
+            "wrong"
+            if call["name"] == wrong
+            else "within"
+            if not call["name"] or wrong.startswith(call["name"] + ".")
+            else "agrees"
+        )
     bad = verdict != "agrees"
     return GraphNode(
-        number=call["number"], name=call["name"], layer=call["layer"], parent=call["parent"], sources=call["sources"],
-        equation=inspect.getdoc(type(layer)).splitlines()[0], derivation="\n".join(comments),
-        forward_code=inspect.getsource(type(layer).forward), backward_code=code, inputs=call["inputs"], output=call["output"],
-        activation_norm=norm(call["activation"]), gradient_norm=norm(call.get("grad")), returned_norm=norm(call.get("returned")),
-        autograd_difference=1.7 if bad else 3.1e-16, numerical_difference=1.7 if bad else 2.2e-9, verdict=verdict,
-        parameters=tuple((name, str(tuple(p.shape)), norm(p), norm(p.grad)) for name, p in layer.named_parameters(recurse=False)),
-        activation_picture=picture(call["activation"]), gradient_picture=picture(call.get("grad")),
+        number=call["number"],
+        name=call["name"],
+        layer=call["layer"],
+        parent=call["parent"],
+        sources=call["sources"],
+        equation=inspect.getdoc(type(layer)).splitlines()[0],
+        derivation="\n".join(comments),
+        forward_code=inspect.getsource(type(layer).forward),
+        backward_code=code,
+        inputs=call["inputs"],
+        output=call["output"],
+        activation_norm=norm(call["activation"]),
+        gradient_norm=norm(call.get("grad")),
+        returned_norm=norm(call.get("returned")),
+        autograd_difference=1.7 if bad else 3.1e-16,
+        numerical_difference=1.7 if bad else 2.2e-9,
+        verdict=verdict,
+        parameters=tuple(
+            (name, str(tuple(p.shape)), norm(p), norm(p.grad)) for name, p in layer.named_parameters(recurse=False)
+        ),
+        activation_picture=picture(call["activation"]),
+        gradient_picture=picture(call.get("grad")),
     )
 
 
