@@ -116,6 +116,6 @@ def _picture(rows: Picture) -> dict[str, Any] | None:
     return {
         "whole": list(whole),
         "size": list(packed.shape),
-        "largest": _number(largest),
+        "largest": float(f"{largest:.3g}"),
         "data": base64.b64encode(packed.tobytes()).decode("ascii"),
     }
