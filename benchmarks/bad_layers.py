@@ -84,13 +84,22 @@ class Mutant:
 def mutants() -> list[Mutant]:
     """Every mutant of every gradient."""
     found = []
-    for path in sorted([*(ROOT / "quire/layers").glob("*.py"), *(ROOT / "quire/models").glob("*.py")]):
-        file = path.relative_to(ROOT / "quire").as_posix()
-        if file not in LEFT_OUT:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            for owner, function in gradients_in(tree):
-                found += list(broken(file, owner, function))
+    for file, tree in sources().items():
+        for owner, function in gradients_in(tree):
+            found += list(broken(file, owner, function))
     return found
+
+
+def gradients() -> list[tuple[str, str, str]]:
+    """Every gradient: file, class and method."""
+    return [(file, owner, function.name) for file, tree in sources().items() for owner, function in gradients_in(tree)]
+
+
+def sources() -> dict[str, ast.Module]:
+    """The files that have layers, by their paths below quire/."""
+    paths = sorted([*(ROOT / "quire/layers").glob("*.py"), *(ROOT / "quire/models").glob("*.py")])
+    found = {path.relative_to(ROOT / "quire").as_posix(): path for path in paths}
+    return {file: ast.parse(path.read_text(encoding="utf-8")) for file, path in found.items() if file not in LEFT_OUT}
 
 
 def gradients_in(tree: ast.Module) -> list[tuple[str, ast.FunctionDef]]:
@@ -230,6 +239,7 @@ def trials() -> list[Trial]:
     made.append(stack("positions of padded rows", {"kind": "positional-embedding"}, padded=True))
     made.append(stack("dropout", {"kind": "dropout", "probability": 0.3}))
     made.append(stack("dense", {"kind": "dense", "activation": "silu", "normalization": "layernorm", "dropout": 0.2}))
+    made.append(stack("dense, no curve", {"kind": "dense", "residual": True}))
     for activation in ("gelu", "swiglu"):
         made.append(stack(activation + " feedforward", {"kind": "feedforward", "activation": activation, "bias": True,
                                                         "residual": True, "dropout": 0.2}))  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from quire.cli.flags import RunPath, Switch, parse, print_json
+from quire.errors import UserError
 from quire.inspection.gradients import AGREES, WITHIN, WRONG, Gradients, LayerCall, gradients
 from quire.inspection.local_check import AGREES_AUTOGRAD, AGREES_NUMERICAL, Apart
 from quire.inspection.written import code, derivation, equation, places
@@ -43,11 +44,13 @@ def run(words: list[str]) -> int:
     """Step through, write the page, print the table; 1 where a layer's backward is wrong."""
     given = parse(Arguments, words, "gradients")
     opened = Run(given.run)
+    page = Path(given.out) if given.out else opened.path / "gradients.html"
+    if page.is_dir():
+        raise UserError(f"--out {page} is a directory: name a file, as {page / 'gradients.html'}")
     found = gradients(opened, given.prompt, given.target, unknown=given.unknown, apart=given.each)
     if found.left_out:
         read = len(found.source) + len(found.tokens)
         say(f"That is too long to step through: {found.left_out:,} tokens are left out, {read:,} remain.")
-    page = Path(given.out) if given.out else opened.path / "gradients.html"
     nodes = [node(call) for call in found.calls]
     tokens = [*found.source, *found.tokens] if found.source else found.tokens
     write_gradients_page(page, f"Gradients of {given.run}", tokens, found.loss, nodes)

@@ -20,7 +20,7 @@ NOISE = 1e-14  # relative errors of rounding that a difference of two outputs ma
 SMALL = 1e-3  # a gradient below this share of the call's largest is compared with that share of it: it may be rounding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Leaf:
     """Something that a call's gradients are by: an input, with its place among the inputs, or a parameter."""
 

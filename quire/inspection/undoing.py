@@ -24,6 +24,8 @@ from quire.inspection.local_check import (
 from quire.layers.layer import Layer
 from quire.progress import Update
 
+FEW = 8  # of a wrong call's gradients that disagree with autograd, each is put to finite differences too
+
 
 class Misused(Exception):
     """A backward was called in a way that its layer has no part in: the caller's fault."""
@@ -196,7 +198,7 @@ class Backward:
         if call.number in self.checked and places is not None and leaves:
             compare(call, leaves, grads, reference, findings)
             if self.apart or (self.repair and findings.bad):
-                compare_apart(call, leaves, grads, reference, findings)
+                compare_apart(call, leaves, grads, reference, findings, self.apart)
         if findings.bad and reference is None:
             undone.doubtful = any(call.number in self.around(other) for other in self.broken)
             self.broken.append(call)
@@ -252,12 +254,16 @@ def compare(
 
 
 def compare_apart(
-    call: Call, leaves: Sequence[Leaf], grads: list[Tensor], reference: Reference | None, findings: Findings
+    call: Call, leaves: Sequence[Leaf], grads: list[Tensor], reference: Reference | None, findings: Findings, all: bool
 ) -> None:
-    """Fill in the differences gradient by gradient."""
+    """Fill in the differences gradient by gradient; `all`: to finite differences too, else of the first FEW wrong."""
     gaps = [None] * len(leaves) if reference is None else differences(leaves, reference, grads)
+    doubted = [leaf for leaf, gap in zip(leaves, gaps) if gap is None or not gap < AGREES_AUTOGRAD]
+    measured = leaves if all or not doubted else doubted[:FEW]
     for leaf, gap in zip(leaves, gaps, strict=True):
-        findings.apart.append(Apart(leaf.name, gap, numerical(call, [leaf], grads)[0]))
+        steps = STEPS[:1] if gap is not None and not gap < AGREES_AUTOGRAD else STEPS
+        slope = numerical(call, [leaf], grads, steps)[0] if leaf in measured else None
+        findings.apart.append(Apart(leaf.name, gap, slope))
 
 
 def listed(shapes: Sequence[tuple[int, ...]]) -> str:
