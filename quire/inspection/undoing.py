@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quire.inspection.calls import Call, floating, norm, picture, replaced
 from quire.inspection.local_check import (
+    AGREES_AUTOGRAD,
     STEPS,
     Apart,
     Findings,
@@ -59,6 +60,7 @@ class Backward:
         self.pending = {call.number for call in calls}
         self.running: list[Call] = []
         self.undone: dict[int, Undone] = {}
+        self.stopped = False  # an error of the check itself is on its way out
         self.short: set[Layer] = set()  # layers from whose tapes too much was taken
         self.opaque: list[Call] = []  # calls that torch cannot differentiate
         self.broken: list[Call] = []  # wrong ones among them, which cannot be put right
@@ -70,7 +72,7 @@ class Backward:
         self.pending.discard(call.number)
         undone = Undone(norm(grads), picture(grads[0]) if len(grads) == 1 else None)
         self.undone[call.number] = undone
-        before = {parameter: parameter.grad for parameter in layer.parameters()}
+        before: dict[nn.Parameter, Tensor | None] = {parameter: parameter.grad for parameter in layer.parameters()}
         for parameter in before:
             parameter.grad = None  # so that what is found afterwards is of this call alone
         self.running.append(call)
@@ -79,16 +81,25 @@ class Backward:
         try:
             returned = backward(*args, **kwargs)
         except Exception as error:
+            if self.stopped or no_memory(error):
+                raise  # the layer has no part in it
             whole = False
             told = str(error) or "no message"
             undone.findings.notes.append(told if isinstance(error, Misused) else f"{type(error).__name__}: {told}")
         finally:
             self.running.pop()
+        self.stopped = True  # what is raised in here is no layer's fault
         self._leave_no_tape(call, undone.findings if whole else None)
         places = self._places(call, returned, undone.findings) if whole else None
         returned = self._checked(call, grads, returned, places, undone)
+        self._tell(call, returned, undone, before)
+        self.stopped = False
+        return returned
+
+    def _tell(self, call: Call, returned: Any, undone: Undone, before: dict[nn.Parameter, Tensor | None]) -> None:
+        """Keep the norms, and add to the gradients of parameters what they were before the call."""
         undone.returned = norm(floating(returned)) if floating(returned) else None
-        for name, parameter in layer.named_parameters(recurse=False):
+        for name, parameter in call.layer.named_parameters(recurse=False):
             if parameter.grad is not None:
                 undone.parameters[name] = norm([parameter.grad])
         for parameter, earlier in before.items():
@@ -99,7 +110,6 @@ class Backward:
         call.forget()
         if self.update is not None:
             self.update(1 - len(self.pending) / len(self.calls))
-        return returned
 
     # ---- what belongs to what ----
 
@@ -214,6 +224,8 @@ class Backward:
         try:
             return by_autograd(call, grads)
         except (RuntimeError, NotImplementedError) as error:
+            if no_memory(error):
+                raise
             findings.remarks.append(f"torch cannot differentiate its forward: {str(error).splitlines()[0]}")
             self.opaque.append(call)
             return None
@@ -234,6 +246,11 @@ class Backward:
             return replaced(returned, [right[place] for place in places])
         wanted = [right[place] for place, want in enumerate(call.wanted) if want]
         return tuple(wanted) if len(wanted) > 1 else wanted[0] if wanted else None
+
+
+def no_memory(error: Exception) -> bool:
+    """Whether the machine is to blame."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
 def zeros_unless(parameter: nn.Parameter) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quire.inspection import undoing
 from quire.inspection.gradients import AGREES, UNCALLED, WITHIN, LayerCall, Pass, walk
 from quire.layers.cross_entropy import CrossEntropy
 from quire.layers.embedding import Embedding
@@ -315,3 +316,22 @@ def test_a_forward_that_torch_cannot_differentiate_is_judged_by_finite_differenc
         model = Learner(Opaque())
         model.own.sign = sign
         assert {call.name for call in model.found().wrong} == wrong
+
+
+@pytest.mark.parametrize("where", ["differences", "by_autograd"])
+def test_an_error_of_the_check_itself_is_no_layers_fault(where, monkeypatch):
+    def fails(*arguments: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(undoing, where, fails)
+    with pytest.raises(ZeroDivisionError):
+        Learner(Outer(Scale())).found()
+
+
+def test_a_full_memory_is_no_layers_fault():
+    class Large(Scale):
+        def backward(self, grad: Tensor) -> Any:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        Learner(Large()).found()
