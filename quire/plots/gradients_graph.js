@@ -117,7 +117,7 @@ function connect() {
   for (const box of [page, ...calls]) { box.ports = new Map(); box.links = new Map(); }
   const port = (box, side, source) => {
     const key = side + source.id;
-    if (!box.ports.has(key)) box.ports.set(key, { id: `${box.id}.${key}`, kind: side, order: source.order, L: 0, R: 0, h: 0 });
+    if (!box.ports.has(key)) box.ports.set(key, { id: `${box.id}.${key}`, kind: side, source, order: source.order, L: 0, R: 0, h: 0 });
     return box.ports.get(key);
   };
   const link = (box, from, to, edge, out, into) => {
@@ -206,6 +206,7 @@ function arrange(box) {
     const middle = (row.length - 1) / 2, fan = row.length % 2 === 1 && wanted.every((x) => x === wanted[0]);
     const shift = fan ? wanted[0] - row[middle].x : row.reduce((sum, item, i) => sum + wanted[i] - item.x, 0) / row.length;
     for (const item of row) item.x += shift;
+    if (row.length === 1 && Math.abs(row[0].x) < 16) row[0].x = 0;  // no small jogs
   }
   // Down.
   let y = box === page ? -6 : HEADING;
@@ -252,4 +253,14 @@ function arrange(box) {
   box.h = y + (exits.length ? 0 : INSIDE);
   if (exits.length) for (const port of exits) port.y = box.h;
   return box;
+}
+function layout() {
+  // Twice: only when all stands somewhere is it known which way what comes into a box lies, and so which entry it takes.
+  const locate = (box) => { for (const item of box.children) { item.X = box.X + item.x; if (item.open) locate(item); } };
+  connect();
+  arrange(page);
+  page.X = 0;
+  locate(page);
+  for (const box of calls) if (box.open && !hidden(box)) for (const port of box.ports.values()) port.order = port.source.X;
+  arrange(page);
 }

@@ -18,7 +18,8 @@ function chips(items) {
     return chip;
   });
 }
-const behind = (item) => isPoint(item) ? item.reads.flatMap(behind) : [item];
+const stream = { kind: "end", name: "the sum before it", children: [], parent: null };
+const behind = (item) => isPoint(item) ? item.reads.map((one) => isPoint(one) ? stream : one) : [item];
 function reading(call) {  // what a call reads from outside, and what reads it: through sums, to the calls themselves
   const own = (item) => item === call || ancestors(item).includes(call), unique = (list) => [...new Set(list)].filter((item) => !own(item));
   const readers = (sources) => unique(leaves.filter((leaf) => sources.some((one) => leaf.reads.includes(one)) && !own(leaf)));
@@ -27,6 +28,7 @@ function reading(call) {  // what a call reads from outside, and what reads it: 
 }
 // Where one text alone is read, a row of a picture is a token of it; the last one may be foreseen only.
 const oneText = leaves.filter((leaf) => leaf.layer === "Embedding" && leaf.reads.includes(tokens)).length === 1;
+const bare = (comments) => comments.replace(/^\s*#\s?/gm, "");
 let told;
 function tell(call) {
   if (told === call) return;
@@ -38,7 +40,7 @@ function tell(call) {
   make("div", call.name || "the whole model", "path mono", names);
   make("span", MARKS[call.verdict] || call.verdict, `verdict ${call.wrongness}`, head);
   if (call.equation) call.equation.split("`").reduce((p, piece, i) => { p.append(i % 2 ? make("code", piece) : piece); return p; }, make("p", null, "equation", panel));
-  if (call.derivation) make("p", call.derivation.replace(/^\s*#\s?/gm, "").replace(/\n(?=\p{Ll})/gu, " "), "derivation mono", panel);  // sentences flow on
+  if (call.derivation) make("p", bare(call.derivation).replace(/\n(?=\p{Ll})/gu, " "), "derivation mono", panel);  // sentences flow on
   const tiles = make("div", null, "tiles", panel);
   for (const [name, value] of [["norm of the activation", call.activation_norm], ["of the gradient that arrives", call.gradient_norm], ["of the gradient it returns", call.returned_norm]]) {
     const tile = make("div", null, "", tiles);
@@ -112,7 +114,7 @@ function code(codes, side, name, text, derivation) {
   const part = make("div", null, side, codes);
   make("b", name, "", part);
   const lines = (text || "no code").replace(/\s+$/, "").split("\n"), indent = Math.min(...lines.filter((line) => line.trim()).map((line) => line.search(/\S/)));
-  const plain = lines.map((line) => line.slice(indent)).join("\n"), pre = make("pre", null, "", part), derived = new Set(derivation.split("\n").map((line) => line.trim()).filter(Boolean));
+  const plain = lines.map((line) => line.slice(indent)).join("\n"), pre = make("pre", null, "", part), derived = new Set(bare(derivation).split("\n").map((line) => line.trim()).filter(Boolean));
   pre.tabIndex = 0;
   const parts = [];  // [text, class], in order
   let at = 0;
@@ -122,7 +124,7 @@ function code(codes, side, name, text, derivation) {
   }
   parts.push([plain.slice(at), ""]);
   const rows = plain.split("\n").map((line) => {  // what is too long for a line goes on under it, indented
-    const made = make("div", null, derived.has(line.trim()) ? "derived" : "", pre), deep = Math.max(0, line.search(/\S/)) + 4;
+    const made = make("div", null, /^\s*#/.test(line) && derived.has(bare(line).trim()) ? "derived" : "", pre), deep = Math.max(0, line.search(/\S/)) + 4;
     made.style.textIndent = `-${deep}ch`;
     made.style.paddingLeft = `calc(${deep}ch + 10px)`;
     return made;

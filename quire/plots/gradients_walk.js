@@ -16,8 +16,7 @@ function rounded(points) {
 }
 function render() {
   const focused = $("graph").contains(document.activeElement), svg = $("graph");
-  connect();
-  arrange(page);
+  layout();
   const wide = page.L + page.R, high = page.h;
   svg.replaceChildren();
   svg.setAttribute("width", wide); svg.setAttribute("height", high); svg.setAttribute("viewBox", `0 0 ${wide} ${high}`);
@@ -268,8 +267,7 @@ function begin() {
     const boxes = calls.filter((call) => call.children.length && ancestors(call).length === level);
     for (const box of boxes) box.open = true;
     if (!boxes.length) break;
-    connect();
-    arrange(page);
+    layout();
     if (level > 1 && (page.h > $("frame").clientHeight || page.L + page.R > $("frame").clientWidth)) { for (const box of boxes) box.open = false; break; }
   }
   settle();
