@@ -78,6 +78,16 @@ def book(lines: int = 150) -> str:
 
 
 @pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of sources and targets, for models with an encoder."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.tsv"
+    words = ["owl", "night", "river", "stone", "below", "upon", "calls"]
+    lines = [f"{a} {b}\t{b} {c} {a}" for a in words for b in words for c in words[:3]]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A folder with book.txt and the finished run `tiny` of it: to be copied, not changed."""
     folder = tmp_path_factory.mktemp("trained")

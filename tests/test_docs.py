@@ -13,6 +13,7 @@ from quire.data.corpora import CORPORA
 from quire.data.reading import DataSettings, read
 from quire.errors import UserError
 from quire.models import MODELS
+from quire.models.stack import STACK
 from quire.tokenizers import TOKENIZERS
 from quire.training.optimizers import OPTIMIZERS
 
@@ -88,6 +89,24 @@ def test_extending(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert call(["resume", f"runs/{kind}", "--steps", "2"]) == 0
         assert call(["resume", f"runs/{kind}", "--verify"]) == 0
     assert {"bigram", "byte", "sonnets", "lion"} <= {*MODELS, *TOKENIZERS, *CORPORA, *OPTIMIZERS}
+
+
+def test_engines(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of docs/engines.md, and the layer: checked, trained and resumed by its own backward."""
+    (commands,) = blocks(ROOT / "docs" / "engines.md", "sh")
+    for command in commands.splitlines():
+        assert call(cut_down(command)) == 0, command
+    monkeypatch.setitem(STACK, "swish", STACK["gelu"])
+    module = type(sys)("engines_page")
+    monkeypatch.setitem(sys.modules, "engines_page", module)
+    for code in blocks(ROOT / "docs" / "engines.md", "python"):
+        exec(compile(code, "docs/engines.md", "exec"), module.__dict__)
+    assert call(["resume", "runs/swish", "--verify"]) == 0
+    losses = [line["train_loss"] for line in module.run.metrics()]
+    assert losses[-1] < losses[0]
+    with pytest.raises(AssertionError):  # the page's checks notice a wrong sign
+        wrong = blocks(ROOT / "docs" / "engines.md", "python")[:2]
+        exec("\n".join(wrong).replace("(s + self", "(s - self"), {"__name__": "engines_page"})
 
 
 def test_extending_corpus(monkeypatch: pytest.MonkeyPatch) -> None:

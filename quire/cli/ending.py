@@ -8,9 +8,8 @@ from quire.evaluation.translations import shown
 from quire.generation.generate import GenerationSettings, Writer
 from quire.progress import say
 from quire.run import Run
+from quire.training.settings import TrainingSettings
 from quire.training.verdict import verdict
-
-SAMPLE_TOKENS = 300
 
 
 def show_ending(run: Run, as_json: bool) -> int:
@@ -28,12 +27,13 @@ def show_ending(run: Run, as_json: bool) -> int:
         figures = {"run": str(run.path), "steps": last["step"], "tokens": last["tokens"], "seconds": seconds}
         print_json({**figures, "validation_loss": loss, "bits_per_byte": bits, **before})
         return 0
-    writer = Writer(run)
-    if run.pairs:
-        sample = shown(writer, run.in_pairs(run.validation_tokens()))
-    else:
-        sample = writer.write([""], GenerationSettings(tokens=SAMPLE_TOKENS, temperature=0.8))[0].text
-    say(f"\nThe model writes:\n\n{sample}\n")
+    if length := run.config["training"].get("sample_tokens", TrainingSettings.sample_tokens):
+        writer = Writer(run)
+        if run.pairs:
+            sample = shown(writer, run.in_pairs(run.validation_tokens()))
+        else:
+            sample = writer.write([""], GenerationSettings(tokens=length, temperature=0.8))[0].text
+        say(f"\nThe model writes:\n\n{sample}\n")
     rate = statistics.median(row["tokens_per_second"] or 0 for row in metrics)
     say(f"Trained {last['step']:,} steps on {last['tokens']:,} tokens in {seconds:.0f} s, at {rate:,.0f} tokens/s.")
     say(f"Validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte (best, at step {best['step']}).", "bold")

@@ -18,6 +18,7 @@ COMMANDS = {
     "plot": "draw the loss curves of runs into a PNG",
     "attention": "draw what each head attends to, as pictures and a page: quire attention RUN --prompt TEXT",
     "look": "a model's parts, the norms of its weights and gradients, a token's neighbours",
+    "gradients": "step through a forward and backward pass, each layer's gradient checked",
     "import": "make a run of another program's model: quire import FILE, or smollm2-135m-instruct",
     "export": "write a run's model for another program: quire export RUN --to gguf --out FILE",
     "tokenizer": "train a tokenizer, encode and decode with one, compare several on a text",

@@ -115,7 +115,7 @@ def record(model: Any, sequences: dict[str, list[int]] | dict[str, Tensor]) -> t
 
     `sequences` are ids (T) or rows of them (B, T): the tokens are the last one; where there are two, the first is the
     source. The layers are named by the paths of their modules, less a last ".attend", in the order of model.modules().
-    Attention is spelled out while its layers record, and each leaves its weights alone; nothing else is recorded.
+    Nothing but those layers is recorded, and each lets go at once of what it read.
     """
     device = next(model.parameters()).device
     rows = [torch.as_tensor(ids, device=device) for ids in sequences.values()]
@@ -125,8 +125,8 @@ def record(model: Any, sequences: dict[str, list[int]] | dict[str, Tensor]) -> t
 
     def keep(layer: ScaledDotProductAttention, inputs: Any, output: Any) -> None:
         name = next(name for name, other in layers.items() if other is layer)
-        _query, _key, _value, weights, *_ = layer.saved()
-        found[name.removesuffix(".attend")] = weights.float().cpu()
+        query, key, *_, visible = layer.saved()
+        found[name.removesuffix(".attend")] = layer.weights(query, key, visible).float().cpu()
 
     hooks = [layer.register_forward_hook(keep) for layer in layers.values()]
     before = [layer.tape for layer in layers.values()]

@@ -26,7 +26,13 @@ def causal_mask(new: int, past: int, device: torch.device) -> Tensor:
 
 
 class ScaledDotProductAttention(Layer):
-    """softmax(Q K^T / sqrt(D)) V: torch's fused kernel normally, spelled out while recording."""
+    """softmax(Q K^T / sqrt(D)) V, by torch's fused kernel.
+
+    The weights, a number for each pair of positions, are not kept for the gradient: it makes them again, some
+    queries at a time (Dao et al. 2022).
+    """
+
+    QUERIES = 64  # whose weights are made at once; of those before the last, causal attention skips what it hides
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -34,55 +40,81 @@ class ScaledDotProductAttention(Layer):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible = None) -> Tensor:
         """query (B, H, T, D), key and value (B, K, S, D) give (B, H, T, D); `visible` as Sight.visible gives it."""
+        drops = self.training and self.dropout.p > 0
         if isinstance(visible, BlockSparse):
-            plain = self.tape is None and not (self.training and self.dropout.p)
+            plain = self.tape is None and not drops
             if plain and query.dtype is not torch.float64:  # whose precision that kernel does not keep
                 return visible.attend(query, key, value)
             visible = visible.dense()
-        if self.tape is not None:
-            return self.spelled_out(query, key, value, visible)[0]
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=visible,
-            dropout_p=self.dropout.p if self.training else 0.0,
-            is_causal=visible is None and query.shape[2] > 1,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        keep = None
+        if self.tape is not None and drops:  # spelled out, since the kernel does not tell what it drops
+            weights = self.weights(query, key, visible)
+            keep = self.dropout.draw(weights)
+            value_of_each = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+            mixed = self.dropout.applied(weights, keep).to(value.dtype) @ value_of_each
+        else:
+            mixed = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=visible,
+                dropout_p=self.dropout.p if drops else 0.0,
+                is_causal=visible is None and query.shape[2] > 1,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        self.save(query, key, value, mixed, keep, visible)
+        return mixed
 
-    def spelled_out(
-        self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The same as `forward`, line by line, with the attention weights (B, H, T, S) beside the result."""
-        groups = query.shape[1] // key.shape[1]  # how many query heads share a key/value head
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)  # (B, H, S, D)
-        scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (B, H, T, S)
+    def weights(self, query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:
+        """softmax(Q K^T / sqrt(D)), (B, H, T, S): how much each position takes of each; before any dropout."""
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)  # query heads that share a key head
+        scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
         if visible is None and query.shape[2] > 1:
             visible = causal_mask(query.shape[2], 0, query.device)
         if visible is not None:
             scores = scores.masked_fill(~visible, -math.inf)
-        weights = torch.softmax(scores, dim=-1)
-        dropped = self.dropout(weights).to(value.dtype)
-        self.save(query, key, value, weights, dropped, groups)
-        return dropped @ value, weights
+        return torch.softmax(scores, dim=-1)
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Through W V:      dW = dY V^T,  dV = W^T dY, with W as dropout left it, and dW then back through dropout
-        # Through softmax:  dS = W * (dW - sum over S of W dW); a hidden position has W = 0, hence dS = 0
+        # Through Y = W V:  dW = dY V^T,  dV = W^T dY, with W as dropout left it, and dW then back through dropout
+        # Through softmax:  dS = W * (dW - sum over S of W dW), and that sum is the one of Y dY over D
         # Through Q K^T:    dQ = dS K / sqrt(D),  dK = dS^T Q / sqrt(D)
-        query, key, value, weights, dropped, groups = self.saved()
-        grad_value = dropped.transpose(-2, -1) @ grad
-        grad_weights = self.dropout.backward(grad @ value.transpose(-2, -1))
-        grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
-        grad_scores = grad_scores.to(query.dtype) / math.sqrt(query.shape[-1])
-        grad_query = grad_scores @ key
-        grad_key = grad_scores.transpose(-2, -1) @ query
+        # A hidden position has W = 0, hence dS = 0. The G query heads that share keys lie below each other as rows of
+        # one matrix, so that the products sum over them.
+        query, key, value, mixed, keep, visible = self.saved()
+        (rows, heads, new, size), kv_heads, causal = query.shape, key.shape[1], visible is None and query.shape[2] > 1
+        scale = 1 / math.sqrt(size)
 
-        def summed(grad: Tensor) -> Tensor:  # a shared head receives from every query head of its group
-            return grad.unflatten(1, (-1, groups)).sum(2)
+        def shared(x: Tensor, first: int, last: int) -> Tensor:
+            """Some queries (t) of all of them: (B, H, T, ...) as (B K, G t, ...)."""
+            return x[:, :, first:last].unflatten(1, (kv_heads, -1)).flatten(2, 3).flatten(0, 1)
 
-        return grad_query, summed(grad_key), summed(grad_value)
+        sums = (grad * mixed).sum(-1, keepdim=True)
+        grad_query = torch.empty_like(query)
+        query, grad = torch.mul(query, scale).contiguous(), grad.contiguous()
+        key, value = key.contiguous().flatten(0, 1), value.contiguous().flatten(0, 1)  # (B K, S, D)
+        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+        future = ~causal_mask(min(new, self.QUERIES), 0, query.device)
+        hidden = torch.zeros_like(future, dtype=query.dtype).masked_fill_(future, -math.inf)
+        for first in range(0, new, self.QUERIES):
+            last = min(first + self.QUERIES, new)
+            seen = last if causal else key.shape[1]
+            asked, received = shared(query, first, last), shared(grad, first, last)  # (B K, G t, D)
+            scores = asked @ key[:, :seen].mT  # (B K, G t, S), of positions that may be seen
+            if causal:
+                scores.view(rows, heads, last - first, seen)[..., first:] += hidden[: last - first, : last - first]
+            elif visible is not None:
+                scores.view(rows, heads, last - first, seen).masked_fill_(~visible[..., first:last, :], -math.inf)
+            weights = torch.softmax(scores, dim=-1)
+            grad_weights, dropped = received @ value[:, :seen].mT, weights
+            if keep is not None:
+                kept = shared(keep, first, last)[..., :seen]
+                dropped, grad_weights = self.dropout.applied(weights, kept), self.dropout.applied(grad_weights, kept)
+            grad_value[:, :seen] += dropped.to(grad.dtype).mT @ received
+            grad_scores = (grad_weights - shared(sums, first, last)).mul_(weights).to(query.dtype)
+            grad_query[:, :, first:last] = (grad_scores @ key[:, :seen]).view(rows, heads, last - first, size)
+            grad_key[:, :seen] += grad_scores.mT @ asked
+        return grad_query.mul_(scale), grad_key.unflatten(0, (rows, -1)), grad_value.unflatten(0, (rows, -1))
 
 
 class MultiHeadAttention(Layer):
@@ -144,7 +176,7 @@ class MultiHeadAttention(Layer):
         if self.query_norm is not None and self.key_norm is not None:
             key, query = self.key_norm.backward(key), self.query_norm.backward(query)
         query, key, value = query.flatten(2), key.flatten(2), value.flatten(2)
-        return self.value.backward(value) + self.key.backward(key) + self.query.backward(query)
+        return self.value.backward(value).add_(self.key.backward(key)).add_(self.query.backward(query))
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) to (B, T, heads, D)."""

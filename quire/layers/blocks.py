@@ -60,7 +60,7 @@ class PreNormBlock(Block):
     def undo_add(self, grad: Tensor, norm: Layer, undo_part: Callable[[Tensor], Tensor]) -> Tensor:
         """The gradient by the stream before a part; `undo_part` is the part's backward."""
         # Of a sum, both terms receive the gradient: the stream as it is, and the part that was added to it.
-        return grad + norm.backward(undo_part(self.dropout.backward(grad)))
+        return norm.backward(undo_part(self.dropout.backward(grad))).add_(grad)
 
 
 class PostNormBlock(PreNormBlock):

@@ -24,25 +24,25 @@ class CrossEntropy(Layer):
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """logits (..., V), targets (...) of integers below V, or IGNORED."""
         smoothing = self.label_smoothing if self.training else 0.0
-        self.save(logits, targets, smoothing)
-        total = F.cross_entropy(
-            logits.flatten(0, -2),
-            targets.flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-            label_smoothing=smoothing,
-        )
-        return total / (targets != IGNORED).sum().clamp(min=1)
+        counted = targets != IGNORED
+        count = counted.sum().clamp(min=1)
+        log_share = torch.log_softmax(logits.float() if logits.dtype.itemsize < 4 else logits, dim=-1)
+        self.save(log_share, targets, count, smoothing, logits.dtype)
+        # -sum_v q_v log softmax(z)_v, with q = (1 - e) onehot(t) + e / V
+        total = F.nll_loss(log_share.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        if smoothing:
+            even = (log_share.mean(-1) * counted).sum()
+            total = (1 - smoothing) * total - smoothing * even
+        return total / count
 
     def backward(self, grad: Tensor | float = 1.0) -> Tensor:
-        # d(-sum_v q_v log softmax(z)_v)/dz = softmax(z) - q with q = (1 - e) onehot(t) + e / V, since q sums to 1;
-        # averaged over the targets that count.
-        logits, targets, smoothing = self.saved()
+        # d(-sum_v q_v log softmax(z)_v)/dz = softmax(z) - q, since q sums to 1; averaged over the targets that count.
+        log_share, targets, count, smoothing, dtype = self.saved()
+        share = log_share.detach().exp_()  # nobody else has it: it becomes the gradient where it lies
         counted = targets != IGNORED
-        gradient = torch.softmax(logits.float() if logits.dtype.itemsize < 4 else logits, dim=-1)
         index = targets.masked_fill(~counted, 0).unsqueeze(-1)
-        gradient.scatter_add_(-1, index, torch.full_like(index, smoothing - 1, dtype=gradient.dtype))
+        share.scatter_add_(-1, index, torch.full_like(index, smoothing - 1, dtype=share.dtype))
         if smoothing:
-            gradient -= smoothing / logits.shape[-1]
-        gradient *= (counted.to(gradient.dtype) / counted.sum().clamp(min=1)).unsqueeze(-1) * grad
-        return gradient.to(logits.dtype)
+            share -= smoothing / share.shape[-1]
+        share *= (counted.to(share.dtype) / count).unsqueeze(-1) * grad
+        return share.to(dtype)

@@ -20,10 +20,19 @@ class Dropout(Layer):
             return x
         if self.tape is None:
             return F.dropout(x, self.p)
-        keep = torch.empty_like(x).bernoulli_(1 - self.p) / (1 - self.p)
+        keep = self.draw(x)
         self.save(keep)
-        return x * keep
+        return self.applied(x, keep)
 
     def backward(self, grad: Tensor) -> Tensor:
+        # Linear in x: what was zeroed receives nothing, the rest what it gave, as much larger.
         (keep,) = self.saved()
-        return grad if keep is None else grad * keep
+        return grad if keep is None else self.applied(grad, keep)
+
+    def draw(self, x: Tensor) -> Tensor:
+        """What is kept of x: a byte for each number, 1 or 0."""
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.p).view(torch.uint8)
+
+    def applied(self, x: Tensor, keep: Tensor) -> Tensor:
+        """x, of which `keep` is kept."""
+        return (x * keep).mul_(1 / (1 - self.p))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quire.layers.layer import Layer, add_grad
+from quire.layers.layer import Layer
 
 
 class Embedding(Layer):
@@ -22,6 +22,9 @@ class Embedding(Layer):
     def backward(self, grad: Tensor) -> None:
         # Each row's gradient is the sum over every place where its id stood: a repeated id adds up.
         (ids,) = self.saved()
-        rows = torch.zeros_like(self.weight)
-        rows.index_add_(0, ids.flatten(), grad.flatten(0, -2).to(rows.dtype))
-        add_grad(self.weight, rows)
+        if not self.weight.requires_grad:
+            return
+        if self.weight.grad is None:
+            self.weight.grad = torch.zeros_like(self.weight)
+        with torch.no_grad():
+            self.weight.grad.index_add_(0, ids.flatten(), grad.flatten(0, -2).to(self.weight.dtype))

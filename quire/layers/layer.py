@@ -86,13 +86,38 @@ def recording(model: nn.Module) -> Iterator[None]:
             layer.tape = tape
 
 
+PIECE = 65536  # numbers: a quarter of a megabyte of float32, which a core keeps close
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors, all (..., C), as rows (n, C), on a CPU some rows at a time.
+
+    A formula of several steps reads and writes each number several times; piece by piece that happens in the
+    processor's cache, and not in memory. On other devices there is one piece.
+    """
+    rows = [tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0) for tensor in tensors]
+    if tensors[0].device.type != "cpu":
+        return iter([tuple(rows)])
+    count = max(1, PIECE // max(1, rows[0].shape[-1]))
+    return zip(*(row.split(count) for row in rows), strict=True)
+
+
 def add_grad(parameter: nn.Parameter, grad: Tensor) -> None:
-    """Add `grad` (the parameter's shape) to the parameter's `.grad`, as autograd would."""
+    """Add `grad` (the parameter's shape), which the caller made and gives away, to the parameter's `.grad`."""
     assert grad.shape == parameter.shape, f"gradient {tuple(grad.shape)} for a parameter {tuple(parameter.shape)}"
     if not parameter.requires_grad:
         return
     with torch.no_grad():
         if parameter.grad is None:
-            parameter.grad = grad.to(parameter.dtype, copy=True)
+            parameter.grad = grad.to(parameter.dtype)
         else:
             parameter.grad += grad
+
+
+def add_product(parameter: nn.Parameter, grad: Tensor, x: Tensor) -> None:
+    """Add the gradient of a matrix (outputs, inputs) that made rows `grad` (N, outputs) of rows `x` (N, inputs)."""
+    if parameter.grad is None or grad.dtype is not parameter.dtype or not parameter.requires_grad:
+        add_grad(parameter, grad.T @ x)
+    else:
+        with torch.no_grad():
+            parameter.grad.addmm_(grad.T, x)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quire.layers.layer import Layer, add_grad
+from quire.layers.layer import Layer, add_grad, add_product
 
 
 class Linear(Layer):
@@ -26,7 +26,7 @@ class Linear(Layer):
         # dL/dW = sum over rows of grad^T x,  dL/db = sum over rows of grad,  dL/dx = grad W
         (x,) = self.saved()
         rows = grad.flatten(0, -2)  # (N, outputs)
-        add_grad(self.weight, rows.T @ x.flatten(0, -2))
+        add_product(self.weight, rows, x.flatten(0, -2))
         if self.bias is not None:
             add_grad(self.bias, rows.sum(0))
         return grad @ self.weight

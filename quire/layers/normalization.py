@@ -21,18 +21,21 @@ class LayerNorm(Layer):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
 
     def backward(self, grad: Tensor) -> Tensor:
-        # With n = (x - mean) * r, r = 1/sqrt(variance + epsilon) and g = grad * weight:
+        # With r = 1/sqrt(variance + epsilon), n = (x - mean) r and g = grad * weight:
         # dL/dx = r * (g - mean(g) - n * mean(g * n)); the means undo the shift and the scale that x itself caused.
+        # dL/dweight = sum over rows of grad * n,  dL/dbias = sum over rows of grad
         (x,) = self.saved()
         x = x.to(self.weight.dtype)
-        centred = x - x.mean(-1, keepdim=True)
-        r = (centred.square().mean(-1, keepdim=True) + self.epsilon).rsqrt()
-        n = centred * r
-        add_grad(self.weight, (grad * n).flatten(0, -2).sum(0))
+        n = x - x.mean(-1, keepdim=True)
+        r = n.square().mean(-1, keepdim=True).add_(self.epsilon).rsqrt_()
+        n.mul_(r)
+        product = grad * n
+        add_grad(self.weight, product.flatten(0, -2).sum(0))
         if self.bias is not None:
             add_grad(self.bias, grad.flatten(0, -2).sum(0))
-        g = grad * self.weight
-        return r * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
+        share = (product @ self.weight).div_(len(self.weight)).unsqueeze(-1)  # mean(g * n)
+        g = torch.mul(grad, self.weight, out=product)
+        return g.sub_(g.mean(-1, keepdim=True)).addcmul_(n, share, value=-1).mul_(r)
 
 
 class RMSNorm(Layer):
@@ -48,11 +51,13 @@ class RMSNorm(Layer):
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.epsilon)
 
     def backward(self, grad: Tensor) -> Tensor:
-        # With n = x * r, r = 1/sqrt(mean(x^2) + epsilon) and g = grad * weight: dL/dx = r * (g - n * mean(g * n)).
+        # With r = 1/sqrt(mean(x^2) + epsilon), n = x r and g = grad * weight: dL/dx = r * (g - n * mean(g * n)).
+        # dL/dweight = sum over rows of grad * n
         (x,) = self.saved()
         x = x.to(self.weight.dtype)
-        r = (x.square().mean(-1, keepdim=True) + self.epsilon).rsqrt()
+        r = x.square().mean(-1, keepdim=True).add_(self.epsilon).rsqrt_()
         n = x * r
-        add_grad(self.weight, (grad * n).flatten(0, -2).sum(0))
-        g = grad * self.weight
-        return r * (g - n * (g * n).mean(-1, keepdim=True))
+        product = grad * n
+        add_grad(self.weight, product.flatten(0, -2).sum(0))
+        share = (product @ self.weight).div_(len(self.weight)).unsqueeze(-1)  # mean(g * n)
+        return torch.mul(grad, self.weight, out=product).addcmul_(n, share, value=-1).mul_(r)

@@ -2,12 +2,10 @@
 
 A weight w is kept as the byte round(255 sqrt(w)), which is off by at most 0.004 at 1 and by far less near 0; a layer's
 bytes, all heads one after the other, are deflated (which takes care of what a causal mask leaves empty) and written in
-base64. Text of any kind goes in as JSON without a "<", and comes out of it as text alone.
+base64.
 """
 
 import base64
-import html
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from quire import files
+from quire.plots.page import write_page
 from quire.tokenizers.tokenizer import visible
-
-TEMPLATE = Path(__file__).with_name("attention.html")
 
 Scores = Sequence[tuple[str, float | None]]  # names and numbers
 
@@ -54,10 +50,7 @@ def write_attention_page(
         "alternatives": [[[visible(token), round(p, 4)] for token, p in row] for row in alternatives],
         "layers": [_layer(layer) for layer in layers],
     }
-    # Where JSON stands in a script element, "<" could end it; elsewhere in JSON it cannot occur but in a string.
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    before, after = TEMPLATE.read_text(encoding="utf-8").split("__DATA__")
-    files.write_text(path, before.replace("__TITLE__", html.escape(title)) + text + after)
+    write_page(path, "attention.html", title, data)
 
 
 def quantized(weights: np.ndarray) -> np.ndarray:

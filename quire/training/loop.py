@@ -42,7 +42,6 @@ from quire.training.state import TrainingState
 
 LINE_STEPS = 10  # a line of metrics.jsonl at least so often
 SAVES, SAVE_SECONDS = 5, 600.0  # checkpoints at least so often in a run, and at least after so much time
-SAMPLE_TOKENS = 300  # written at each evaluation
 EXPLODED = 2.0  # times the first loss
 PASSES = 10  # steps in a row that may be passed over before training stops
 
@@ -101,9 +100,10 @@ class Trainer:
                     )
 
     def wrap_model(self) -> None:
-        """Compile the model where that is asked for or pays."""
+        """Compile the model where that is asked for or pays; refuse one that the engine cannot train."""
         model, shape = self.model, self.run.settings
         self.wrapped = compiled(model, self.settings, self.precision, shape.vocabulary_size, shape.context_length)
+        self.engine.check(self.wrapped)
 
     def update(self) -> None:
         """One optimizer step on the next batch_size x accumulation_steps windows of the context length, or as many
@@ -120,6 +120,7 @@ class Trainer:
             scale = share * self.precision.loss_scale()
             with self.precision.autocast():
                 loss = loss + share * self.engine.backpropagate(self.wrapped, part.to(self.device), scale)
+        self.engine.synchronize(self.model)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         clip = settings.gradient_clip or math.inf
@@ -232,7 +233,8 @@ class Trainer:
         else:
             self.be_patient()
         self.log(None, validation_loss=loss, validation_bits_per_byte=bits)
-        self.write_sample(loss)
+        if self.settings.sample_tokens:
+            self.write_sample(loss)
         plot_losses([curve(self.run, "step")], "step", self.run.path / "loss.png")
         if not state.end and not state.finished:
             self.clock.evaluation_seconds = max(self.clock.evaluation_seconds, time.monotonic() - began)
@@ -306,7 +308,8 @@ class Trainer:
         if isinstance(self.validation, Pairs):
             text = shown(writer, self.validation)
         else:
-            settings = GenerationSettings(tokens=SAMPLE_TOKENS, seed=self.settings.seed, temperature=0.8)
+            length, seed = self.settings.sample_tokens, self.settings.seed
+            settings = GenerationSettings(tokens=length, seed=seed, temperature=0.8)
             text = writer.write([""], settings)[0].text
         self.model.train()
         fence = "`" * max(3, 1 + max((len(run) for run in text.split() if set(run) == {"`"}), default=0))

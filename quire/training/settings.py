@@ -46,6 +46,7 @@ class TrainingSettings:
     gradient_checkpointing: bool = False  # compute each block again for its gradient: less memory, more time
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA, in runs long enough to gain by it
     evaluation_interval: int = 0  # steps between evaluations; 0: about ten in a run
+    sample_tokens: int = 300  # of the text written at each evaluation, and at the end; 0: none
     patience: int = 0  # evaluations without a better held-out loss until patience_action; 0: never
     patience_action: Literal["lower", "stop"] = "stop"  # halve the learning rate, or stop
     non_finite: Literal["stop", "skip", "rollback"] = "stop"  # when the loss is not finite, or explodes
@@ -62,7 +63,8 @@ class TrainingSettings:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
         for name in (*LENGTHS, "learning_rate", "matrix_learning_rate", "weight_decay", "gradient_clip", "warmup_steps",
-                     "evaluation_interval", "patience", "seed", "threads", "vocabulary_size"):  # fmt: skip
+                     "evaluation_interval", "sample_tokens", "patience", "seed", "threads",
+                     "vocabulary_size"):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(
                     f"--{name.replace('_', '-')} must be a finite number of at least 0, not {getattr(self, name)}."

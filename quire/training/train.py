@@ -213,6 +213,8 @@ def reopened(
             f" quire finetune {run.path} {run.text_argument} --run NEW"
         )
     training = from_table(TrainingSettings, run.config.get("training", {}), "training")
+    if engine == "manual" and training.compile == "yes":
+        training = replace(training, compile="no")  # what was compiled under the other engine no longer is
     training = replace(
         training,
         engine=engine or training.engine,

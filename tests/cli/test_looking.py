@@ -201,5 +201,5 @@ def test_the_documents_commands_and_python(desk: Path, quire, monkeypatch: pytes
     for command in commands:
         words = shlex.split(command, comments=True)[1:]
         assert quire(*words).code == 0, command
-    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    exec(compile(code, "looking-inside.md", "exec"), {})
+    for code in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        exec(compile(code, "looking-inside.md", "exec"), {})

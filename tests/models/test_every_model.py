@@ -113,6 +113,21 @@ def test_recomputed_blocks_give_the_same_gradient_from_less_memory(kind, engine,
     assert kept_bytes(model, engine, batch) < kept
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_both_engines_in_mixed_precision(kind, built):
+    """Under autocast the products are bfloat16 in both, and their gradients right to its precision."""
+    model = built(kind).float().train()
+    batch = a_batch(model)
+    exact_loss, exact = gradients(model, "autograd", batch)
+    for engine in ENGINES:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            loss, found = gradients(model, engine, batch)
+        assert loss == pytest.approx(exact_loss, rel=0.02)
+        assert all(gradient.dtype == torch.float32 for gradient in found)
+        off = torch.stack([(a - b).norm() for a, b in zip(found, exact, strict=True)]).norm()
+        assert float(off / torch.stack([b.norm() for b in exact]).norm()) < 0.1
+
+
 def kept_bytes(model: Any, engine: str, batch: Batch) -> int:
     """What forward keeps for backward, parameters not counted."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -201,15 +216,6 @@ def test_compiles(kind, built):
     again, found = gradients(faster, "autograd", batch)
     assert again == pytest.approx(loss, rel=1e-12)
     equal(found, expected, 1e-10)
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pairs") / "pairs.tsv"
-    words = ["owl", "night", "river", "stone", "below", "upon", "calls"]
-    lines = [f"{a} {b}\t{b} {c} {a}" for a in words for b in words for c in words[:3]]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
 
 
 @pytest.mark.parametrize("kind", MODELS)

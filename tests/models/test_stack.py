@@ -118,7 +118,6 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with a book; trainings leave out what takes time: plots, fsync, long samples."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "plot_losses", lambda curves, axis, path: None)
-    monkeypatch.setattr(loop, "SAMPLE_TOKENS", 10)
     monkeypatch.setattr(files, "_sync", lambda path: None)
     Path("book.txt").write_text("the owl that calls upon the night speaks the unbeliever's fright. " * 40)
     return tmp_path
@@ -130,6 +129,7 @@ def test_its_example_trains_writes_and_resumes(desk, quire):
     losses = []
     words = shlex.split(
         "--config mine.toml --model.context-length 16 --batch-size 2 --device cpu --threads 1 --steps 5"
+        " --sample-tokens 10"
     )
     for engine in ("autograd", "manual"):
         said = quire("train", "book.txt", "--json", "--run", engine, "--engine", engine, *words)
@@ -167,7 +167,7 @@ def test_the_command_line_shows_no_flag_for_it_and_says_what_is_wrong(desk, quir
 )
 def test_from_python(desk, model: dict[str, Any]):
     """With dropout and checkpointing: both engines agree, and a resumed run is exact."""
-    common = {"steps": 6, "batch_size": 2, "device": "cpu", "threads": 1, "optimizer": "adamw"}
+    common = {"steps": 6, "batch_size": 2, "device": "cpu", "threads": 1, "optimizer": "adamw", "sample_tokens": 10}
     model = {**model, "context_length": 16}
     runs = [
         face.train("book.txt", run=engine, model=model, engine=engine, gradient_checkpointing=again, **common)

@@ -1,6 +1,9 @@
-"""A real browser, driven over a pipe: what a page's own JavaScript does, seen from outside."""
+"""A real browser, driven over a pipe, which sees from outside what a page's own JavaScript does; data for pages."""
 
 import base64
+import dataclasses
+import html.parser
+import inspect
 import json
 import os
 import selectors
@@ -8,11 +11,18 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from quire.layers.layer import Layer, recording
+from quire.models import MODELS
+from quire.plots.gradients_page import GraphNode
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = [
@@ -168,3 +178,123 @@ def browser(chromium: Browser) -> Browser:
     chromium.errors.clear()
     chromium.requests.clear()
     return chromium
+
+
+@pytest.fixture
+def in_page() -> Callable[[Path], dict]:
+    """What gives the data of a page, as a browser's parser finds it."""
+
+    class Parser(html.parser.HTMLParser):
+        inside, found = False, ""
+
+        def handle_starttag(self, tag: str, attrs: list) -> None:
+            self.inside = tag == "script" and ("id", "data") in attrs
+
+        def handle_data(self, data: str) -> None:
+            self.found += data if self.inside else ""
+
+        def handle_endtag(self, tag: str) -> None:
+            self.inside = False
+
+    def data(path: Path) -> dict:
+        parser = Parser()
+        parser.feed(path.read_text(encoding="utf-8"))
+        return json.loads(parser.found)
+
+    return data
+
+
+# ---- the calls of a real model ----
+
+SIZES = {"vocabulary_size": 11, "context_length": 32, "embedding_size": 16, "layers": 2}
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt": {"heads": 2},
+    "turned": {"kind": "gpt", "heads": 2, "positions": "rotary", "qk_norm": True, "feedforward": "swiglu"},
+    "post": {"kind": "gpt", "heads": 2, "norm_placement": "post"},
+    "recurrent": {},
+    "encoder-decoder": {"heads": 2, "feedforward_size": 32, "separator": 0},
+}
+
+
+class Lineage(TorchFunctionMode):
+    """Whatever is made of tensors comes from the calls that they came from."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        read = [tensor for part in args for tensor in (part if isinstance(part, (tuple, list)) else [part])]
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, Tensor) and (found := sources(read)):
+                tensor.sources = found  # type: ignore[attr-defined]
+        return made
+
+
+def sources(values: Any) -> set[int]:
+    return set().union(*(getattr(value, "sources", ()) for value in values if isinstance(value, Tensor)))
+
+
+def recorded(shape: str = "gpt", wrong: str = "", **settings: Any) -> list[GraphNode]:
+    """The calls of a real model's forward pass; what is told of gradients is made up, and of `wrong` it is bad."""
+    words = SIZES | SHAPES[shape] | settings
+    kind = MODELS[words.pop("kind", shape)]
+    torch.manual_seed(1)
+    model = kind(kind.Settings(**words))
+    names = {module: name for name, module in model.named_modules()}
+    made: list[GraphNode] = []
+    running: list[int] = []
+
+    def before(layer: Layer, inputs: Any) -> None:
+        made.append(_node(layer, names[layer], len(made), running, inputs, wrong))
+        running.append(len(made) - 1)
+
+    def after(layer: Layer, inputs: Any, output: Tensor) -> Tensor:
+        number = running.pop()
+        picture = output[0].flatten(1).abs().tolist() if output.dim() > 2 else None
+        facts = {"output": str(tuple(output.shape)), "activation_norm": float(output.norm())}
+        made[number] = dataclasses.replace(made[number], **facts, activation_picture=picture, gradient_picture=picture)
+        if not any(node.parent == number for node in made):
+            output = output.view_as(output)  # where a layer hands on what it was given, under another name
+            output.sources = {number}  # type: ignore[attr-defined]
+        return output
+
+    for layer in names:
+        if isinstance(layer, Layer):
+            layer.register_forward_pre_hook(before)
+            layer.register_forward_hook(after)
+    tokens = torch.arange(10)[None]
+    source = {"source": tokens} if model.settings.reads_source else {}
+    with torch.no_grad(), recording(model), Lineage():
+        model(tokens, tokens.roll(-1), **source)
+    return made
+
+
+def _node(layer: Layer, name: str, number: int, running: list[int], inputs: Any, wrong: str) -> GraphNode:
+    inside = bool(wrong) and (not name or wrong.startswith(name + "."))
+    code = inspect.getsource(type(layer).backward)
+    return GraphNode(
+        number=number,
+        name=name,
+        layer=type(layer).__name__,
+        parent=running[-1] if running else None,
+        sources=tuple(sorted(sources(inputs))),
+        equation=(inspect.getdoc(type(layer)) or "").splitlines()[0],
+        derivation="\n".join(line.strip(" #") for line in code.splitlines() if line.strip().startswith("#")),
+        forward_code=inspect.getsource(type(layer).forward),
+        backward_code=code,
+        inputs=", ".join(str(tuple(x.shape)) for x in inputs if isinstance(x, Tensor)),
+        output="",
+        activation_norm=None,
+        gradient_norm=0.1 / (number + 1),
+        returned_norm=None if number % 5 == 1 else 0.2,
+        autograd_difference=1.75 if name == wrong else 3.1e-16,
+        numerical_difference=1.5 if name == wrong else 2.2e-9,
+        verdict="wrong" if wrong and name == wrong else "within" if inside else "agrees",
+        parameters=tuple((n, str(tuple(p.shape)), float(p.norm()), 0.5) for n, p in layer.named_parameters("", False)),
+        activation_picture=None,
+        gradient_picture=None,
+    )
+
+
+@pytest.fixture
+def calls() -> Callable[..., list[GraphNode]]:
+    """What gives the calls of a model of some shape."""
+    return recorded

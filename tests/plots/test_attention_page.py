@@ -1,7 +1,6 @@
 """The attention page: what is in it, and what it does in a real browser."""
 
 import base64
-import html.parser
 import json
 import zlib
 from pathlib import Path
@@ -49,31 +48,10 @@ def page(path: Path, length: int = 12, layers: int = 3, heads: int = 4) -> list[
     return maps
 
 
-def in_page(path: Path) -> dict:
-    """The data, as a browser's parser finds it."""
-    found: list[str] = []
-
-    class Parser(html.parser.HTMLParser):
-        inside = False
-
-        def handle_starttag(self, tag: str, attrs: list) -> None:
-            self.inside = tag == "script" and ("id", "data") in attrs
-
-        def handle_data(self, data: str) -> None:
-            if self.inside:
-                found.append(data)
-
-        def handle_endtag(self, tag: str) -> None:
-            self.inside = False
-
-    Parser().feed(path.read_text(encoding="utf-8"))
-    return json.loads("".join(found))
-
-
 # ---- without a browser ----
 
 
-def test_weights_come_back_from_the_page(tmp_path: Path) -> None:
+def test_weights_come_back_from_the_page(tmp_path: Path, in_page) -> None:
     maps = page(tmp_path / "page.html")
     data = in_page(tmp_path / "page.html")
     assert [layer["name"] for layer in data["layers"]] == [layer.name for layer in maps]

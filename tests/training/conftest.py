@@ -26,7 +26,9 @@ class Lab:
     """A text in a folder of its own, and trainings of it."""
 
     MODEL = MappingProxyType({"layers": 1, "embedding_size": 16, "heads": 2, "context_length": 16, "dropout": 0.1})
-    TRAINING = MappingProxyType({"batch_size": 4, "warmup_steps": 5, "threads": 1, "device": "cpu"})
+    TRAINING = MappingProxyType(
+        {"batch_size": 4, "warmup_steps": 5, "sample_tokens": 40, "threads": 1, "device": "cpu"}
+    )
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.text = folder, folder / "text.txt"
@@ -99,6 +101,5 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "plot_losses", lambda curves, axis, path: files.write_text(path, "a plot"))
-    monkeypatch.setattr(loop, "SAMPLE_TOKENS", 40)
     monkeypatch.setattr(files, "_sync", lambda path: None)
     return Lab(tmp_path)

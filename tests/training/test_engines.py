@@ -119,6 +119,68 @@ def test_the_whole_gradient_is_clipped_to_its_norm(clip):
     assert float(moved.norm()) == pytest.approx(clip or made.gradient_norm, rel=1e-5)
 
 
+# ---- float16, whose narrow range needs a scaled loss ----
+
+
+def half(engine: str, scale: float) -> Trainer:
+    """A trainer of float32 weights whose products are float16, its loss scaled: by torch's own scaler for CPUs, put
+    where --precision float16 asks for a GPU."""
+    made = trainer(engine=engine, batch_size=3, accumulation_steps=2, optimizer="sgd", learning_rate=0.1)
+    made.model.float()
+    made.precision.dtype = torch.float16
+    made.precision.scaler = made.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10)
+    return made
+
+
+def test_a_scaled_loss_in_float16_trains_as_float32_does():
+    plain = trainer(batch_size=3, accumulation_steps=2, optimizer="sgd", learning_rate=0.1)
+    plain.model.float()
+    before = weights(plain)
+    scaled = {engine: half(engine, 2.0**10) for engine in ENGINES}
+    for made in (plain, *scaled.values()):
+        for _ in range(15):
+            made.update()
+    moved = max(float((before[name] - tensor).abs().max()) for name, tensor in weights(plain).items())
+    for made in scaled.values():
+        assert furthest(made, plain) < 0.02 * moved
+        assert made.gradient_norm == pytest.approx(plain.gradient_norm, rel=0.02)  # of the unscaled gradient
+        assert made.scaler.get_scale() == 2.0**11  # it grew once, as nothing overflowed
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_overflow_of_float16_passes_over_the_step_and_halves_the_scale(engine):
+    made = half(engine, 2.0**30)
+    before = weights(made)
+    made.update()
+    assert made.scaler.get_scale() == 2.0**29
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(made).items())
+    while made.scaler.get_scale() > 2.0**8 and all(torch.equal(before[n], t) for n, t in weights(made).items()):
+        made.update()
+    assert made.scaler.get_scale() > 2.0**8
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(made).values())
+    assert made.state.passed_over == 0
+
+
+# ---- gradients of several processes are made one before they are clipped ----
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_trainer_synchronizes_once_a_step_before_it_clips(engine, monkeypatch):
+    made = trainer(engine=engine, batch_size=2, accumulation_steps=3, gradient_clip=0.5)
+    norms = []
+
+    def ten_times(self: Any, model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.grad *= 10
+        norms.append(float(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()))
+
+    monkeypatch.setattr(type(made.engine), "synchronize", ten_times)
+    for _ in range(2):
+        made.update()
+        assert made.gradient_norm == pytest.approx(norms[-1], rel=1e-6)
+    assert len(norms) == 2
+
+
 # ---- one engine's call ----
 
 

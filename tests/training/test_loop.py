@@ -5,11 +5,13 @@ import itertools
 import math
 import os
 import random
+import re
 
 import pytest
 import torch
 
 from quire import checkpoint, files
+from quire.cli.ending import show_ending
 from quire.errors import UserError
 from quire.plots.loss import plot_losses
 from quire.run import Run
@@ -37,6 +39,23 @@ def test_a_line_at_least_every_ten_steps_and_an_evaluation_at_each_interval(lab,
     assert [line["tokens"] for line in lines] == sorted({line["tokens"] for line in lines})
     samples = (run.path / "samples.md").read_text()
     assert [f"## Step {step}:" in samples for step in sorted(due)] == [True] * len(due)
+
+
+@pytest.mark.parametrize("length", [0, 1, 25])
+def test_a_sample_is_as_long_as_asked_for(lab, length, capsys):
+    """Characters are tokens here; a training writes and measures the same whatever it shows of itself."""
+    run, other = lab.train("run", steps=20, sample_tokens=length), lab.train("other", steps=20)
+    if length:
+        found = re.findall(r"^```text\n(.*?)\n```$", (run.path / "samples.md").read_text(), re.MULTILINE | re.DOTALL)
+        assert [len(text) for text in found] == [length, length]
+    else:
+        assert not (run.path / "samples.md").exists()
+    assert lab.timeless(run) == lab.timeless(other)
+    show_ending(run, False)
+    assert ("The model writes:" in capsys.readouterr().err) == bool(length)
+    resume(run, steps=5)
+    with pytest.raises(UserError, match="--sample-tokens must be a finite number of at least 0, not -1"):
+        lab.train("negative", steps=20, sample_tokens=-1)
 
 
 def test_the_training_loss_is_the_mean_since_the_line_before(lab):
@@ -172,7 +191,7 @@ def test_patience_lowers_the_learning_rate(lab, losing, capsys):
 # ---- losses that are not to be trusted ----------------------------------------------------------------------------
 
 
-class Faulty:
+class Faulty(engines.Autograd):
     """An engine that gives a bad loss, or bad gradients, at some steps."""
 
     def __init__(self, steps: set[int], fault: str) -> None:

@@ -68,7 +68,6 @@ from quire.cli.main import call
 from quire.training import loop
 
 loop.plot_losses = lambda *arguments: None
-loop.SAMPLE_TOKENS = 40
 step_optimizers = loop.Trainer.step_optimizers
 
 def train_and_interrupt(step, name, words, errors):
@@ -187,13 +186,20 @@ def test_a_length_to_train_on_is_one_positive_number(lab, more):
         resume(lab.train("run", steps=10), **more)
 
 
-def test_a_run_goes_on_under_the_other_engine(lab):
-    straight = lab.train("straight", steps=40)
-    lab.killed(25, lab.train, "killed", steps=40)
-    run = resume(lab.folder / "killed", engine="manual")
-    assert run.metrics()[-1]["step"] == 40
+@pytest.mark.parametrize(("own", "other"), [("autograd", "manual"), ("manual", "autograd")])
+def test_a_run_goes_on_under_the_other_engine_and_back(lab, own, other):
+    """Its losses are those of the run that was never stopped, to rounding."""
+    settings = {"steps": 40, "evaluation_interval": 5, "engine": own, "model": {"dropout": 0.0}}
+    straight = lab.train("straight", **settings)
+    lab.killed(13, lab.train, "killed", **settings)
+    lab.killed(27, resume, lab.folder / "killed", engine=other)
+    run = resume(lab.folder / "killed")
+    for mine, theirs in zip(run.metrics(), straight.metrics(), strict=True):
+        for loss in ("train_loss", "validation_loss"):
+            assert mine[loss] == pytest.approx(theirs[loss], rel=1e-5)
     for name, tensor in run.checkpoint().model.items():
-        torch.testing.assert_close(tensor, straight.checkpoint().model[name], rtol=1e-3, atol=1e-5)
+        if not name.endswith("key.bias"):  # its gradient is 0 but for rounding, which Adam makes steps of
+            torch.testing.assert_close(tensor, straight.checkpoint().model[name], rtol=1e-3, atol=1e-5)
 
 
 def test_two_processes_do_not_train_one_run(lab):

@@ -1,0 +1,68 @@
+"""The drill of benchmarks/bad_layers.py: every way to break a gradient, each in the smallest model that runs it."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from quire.inspection import gradients as inspected
+from quire.inspection import undoing
+from quire.layers.linear import Linear
+
+PATH = Path(__file__).parents[2] / "benchmarks" / "bad_layers.py"
+spec = importlib.util.spec_from_file_location("bad_layers", PATH)
+assert spec is not None and spec.loader is not None
+bad_layers = importlib.util.module_from_spec(spec)
+sys.modules["bad_layers"] = bad_layers  # where its dataclasses look for their module
+spec.loader.exec_module(bad_layers)
+
+MUTANTS = bad_layers.mutants()
+
+
+@pytest.fixture(scope="module")
+def trials():
+    return bad_layers.trials()
+
+
+def test_every_broken_layer_is_named(trials):
+    for mutant in MUTANTS:
+        where = f"quire/{mutant.file}:{mutant.lines[0]}: {mutant.name}: {mutant.what}"
+        equivalent = (mutant.name, mutant.what) in bad_layers.EQUIVALENT
+        verdict = "never run"
+        for trial in [trial for trial in trials if trial.runs(mutant)][: 2 if equivalent else None]:
+            verdict = bad_layers.verdict(mutant, trial)
+            if verdict != "missed":  # as it is where one line has several ways through it
+                break
+        expected = "missed" if equivalent else "named"
+        assert verdict == expected, where
+
+
+def test_every_gradient_is_broken_and_put_back(trials):
+    names = {mutant.name for mutant in MUTANTS}
+    assert {"RNN.step_back", "LSTM.step_back", "GRU.step_back", "PreNormBlock.undo_add", "Decoder.backward"} <= names
+    without_a_sign = {"SinusoidalPositions.backward"}  # it has nothing to do
+    for file, owner, function in bad_layers.gradients():
+        assert f"{owner}.{function}" in names | without_a_sign, file
+    assert set(bad_layers.EQUIVALENT) <= {(mutant.name, mutant.what) for mutant in MUTANTS}, "no longer there"
+    assert not trials[0].pass_().wrong
+    mutant = next(mutant for mutant in MUTANTS if mutant.name == "Linear.backward")
+    before = Linear.backward.__code__
+    with pytest.raises(KeyError), mutant.in_place():
+        assert Linear.backward.__code__ is not before
+        raise KeyError
+    assert Linear.backward.__code__ is before
+
+
+def test_a_checker_that_checks_less_would_be_found_out(trials, monkeypatch):
+    monkeypatch.setattr(undoing, "compare", lambda *arguments: None)
+    mutant = next(mutant for mutant in MUTANTS if mutant.name == "ReLU.backward")
+    trial = next(trial for trial in trials if trial.runs(mutant))
+    assert bad_layers.verdict(mutant, trial) == "missed"
+
+
+def test_a_checker_that_blames_others_would_be_found_out(trials, monkeypatch):
+    monkeypatch.setattr(inspected, "WITHIN", inspected.WRONG)
+    mutant = next(mutant for mutant in MUTANTS if mutant.name == "ReLU.backward")
+    trial = next(trial for trial in trials if trial.runs(mutant))
+    assert bad_layers.verdict(mutant, trial) == "blamed Part, Stack"
