@@ -60,8 +60,8 @@ def draw(size: int, text: Tensor = training) -> Batch:
 # The stream is a sum of 2 L parts, and these variances add up too. GPT-2 divides the last weights of each part by
 # sqrt(2 L), so that the sum of all has the size of one (Radford et al. 2019). One can go further and begin them at
 # zero: each block then begins as the identity, and a part grows as soon as it is of use. Its gradient is not zero, for
-# dW = dy^T h needs only h. That is `zero-output` above. Embeddings begin at 0.3, so that
-# they are neither drowned by what is added to them nor drown it.
+# dW = dy^T h needs only h. That is `zero-output` above. Embeddings begin at 0.3: not so small that
+# they are drowned by what is added to them.
 #
 # The first loss tells whether the end is right, too. A model that knows nothing should say so, with a loss of log V.
 # Here is one whose head begins at 0, as `zero-output` has it, and others with larger and larger heads.
