@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from types import FunctionType
 
+from quire.layers.activations import Curve
 from quire.layers.layer import Block, Layer
 
 
@@ -21,8 +22,14 @@ def derivation(kind: type[Layer]) -> str:
 
 
 def code(kind: type[Layer], method: str) -> str:
-    """The source of a method, and of its class's other methods and its module's functions that it calls."""
-    return "\n".join(filter(None, map(source, called(kind, method))))
+    """The source of a method, and of its class's other methods and its module's functions that it calls.
+
+    A curve makes its slope in forward, where value and slope have much in common: `trace` is of both.
+    """
+    functions = called(kind, method)
+    if method == "backward" and issubclass(kind, Curve):
+        functions += called(kind, "trace")
+    return "\n".join(filter(None, map(source, functions)))
 
 
 def places(kind: type[Layer]) -> list[tuple[str, str]]:

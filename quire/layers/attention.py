@@ -94,6 +94,8 @@ class ScaledDotProductAttention(Layer):
         query, grad = torch.mul(query, scale).contiguous(), grad.contiguous()
         key, value = key.contiguous().flatten(0, 1), value.contiguous().flatten(0, 1)  # (B K, S, D)
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+        if visible is not None:
+            visible = visible.expand(*visible.shape[:-2], new, -1)  # where all queries may see the same
         future = ~causal_mask(min(new, self.QUERIES), 0, query.device)
         hidden = torch.zeros_like(future, dtype=query.dtype).masked_fill_(future, -math.inf)
         for first in range(0, new, self.QUERIES):
