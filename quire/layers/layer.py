@@ -116,8 +116,8 @@ def add_grad(parameter: nn.Parameter, grad: Tensor) -> None:
 
 def add_product(parameter: nn.Parameter, grad: Tensor, x: Tensor) -> None:
     """Add the gradient of a matrix (outputs, inputs) that made rows `grad` (N, outputs) of rows `x` (N, inputs)."""
-    if parameter.grad is None or grad.dtype is not parameter.dtype or not parameter.requires_grad:
+    if parameter.grad is None or torch.is_autocast_enabled(grad.device.type):
         add_grad(parameter, grad.T @ x)
-    else:
+    elif parameter.requires_grad:
         with torch.no_grad():
             parameter.grad.addmm_(grad.T, x)
