@@ -116,7 +116,9 @@ def add_grad(parameter: nn.Parameter, grad: Tensor) -> None:
 
 def add_product(parameter: nn.Parameter, grad: Tensor, x: Tensor) -> None:
     """Add the gradient of a matrix (outputs, inputs) that made rows `grad` (N, outputs) of rows `x` (N, inputs)."""
-    if parameter.grad is None or grad.dtype is not parameter.dtype or not parameter.requires_grad:
+    if not parameter.requires_grad:
+        return
+    if parameter.grad is None or torch.is_autocast_enabled(x.device.type):  # which casts nothing for what is in place
         add_grad(parameter, grad.T @ x)
     else:
         with torch.no_grad():
