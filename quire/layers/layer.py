@@ -118,7 +118,7 @@ def add_product(parameter: nn.Parameter, grad: Tensor, x: Tensor) -> None:
     """Add the gradient of a matrix (outputs, inputs) that made rows `grad` (N, outputs) of rows `x` (N, inputs)."""
     if not parameter.requires_grad:
         return
-    if parameter.grad is None or torch.is_autocast_enabled(x.device.type):  # which casts nothing for what is in place
+    if parameter.grad is None or torch.is_autocast_enabled(x.device.type):  # nothing in place is cast by it
         add_grad(parameter, grad.T @ x)
     else:
         with torch.no_grad():

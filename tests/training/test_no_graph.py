@@ -30,7 +30,7 @@ from quire.training.train import verify
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
 TRAINING = {
     "batch_size": 4, "accumulation_steps": 2, "gradient_clip": 0.05, "learning_rate": 3e-3, "warmup_steps": 2,
-    "evaluation_interval": 4, "threads": 1, "engine": "manual",
+    "evaluation_interval": 4, "threads": 1, "engine": "manual", "sample_tokens": 5,
 }  # fmt: skip
 
 
@@ -94,7 +94,6 @@ def corpus(desk: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
     text = (desk / "book.txt").read_text(encoding="utf-8")
     (desk / "other.txt").write_text(text[len(text) // 2 :] + text[: len(text) // 4], encoding="utf-8")
     (desk / "other.tsv").write_text("\n".join(reversed(pairs.read_text(encoding="utf-8").splitlines())) + "\n")
-    monkeypatch.setattr(loop, "SAMPLE_TOKENS", 5)
     monkeypatch.setattr(files, "_sync", lambda path: None)
     monkeypatch.setattr(loop, "plot_losses", lambda *arguments: None)
 
