@@ -50,7 +50,8 @@ class Memory:
 class RNN(Layer):
     """h_t = tanh(W x_t + b + U h_{t-1} + c) (Elman 1990): (B, T, C) to the states (B, T, H), as torch.nn.RNN.
 
-    The other two differ in `step` alone, which makes a state of the one before, and in `step_back`, its gradient.
+    The other two differ in `step` alone, which makes a state of the one before, and in its gradient: `slopes`, what of
+    it is known of all times at once, and `step_back`, what has to wait for the step after.
     """
 
     GATES, STATES = 1, 1
@@ -118,6 +119,7 @@ class RNN(Layer):
         # the step after it, directly and by way of U. The loop finds the gradients of the gates, before their curves;
         # the weights' are then one product each: dW = sum over B, T of dgates^T x_t, dU = the same with h_{t-1}.
         x, before, kept, mask, starts = self.saved()
+        slopes = self.slopes(*(torch.stack(part) for part in zip(*kept, strict=True)))  # each (T, B, ...)
         passed: Any = (0.0,) * self.STATES
         grads_inputs, grads_state = [], []
         for t in reversed(range(x.shape[1])):
@@ -125,7 +127,7 @@ class RNN(Layer):
             into = received
             if mask is not None:  # a padded step hands on what it received
                 into = tuple(part * mask[:, t, None] for part in received)
-            from_inputs, from_state, direct = self.step_back(into, kept[t])
+            from_inputs, from_state, direct = self.step_back(into, *(slope[t] for slope in slopes))
             passed = (direct[0] + from_state @ self.weight_hh_l0, *direct[1:])
             if mask is not None:
                 passed = tuple(part + old * ~mask[:, t, None] for part, old in zip(passed, received, strict=True))
@@ -150,15 +152,20 @@ class RNN(Layer):
         return states, (hidden[0],)
 
     def step(self, from_inputs: Tensor, from_state: Tensor, state: State) -> tuple[State, tuple[Tensor, ...]]:
-        """The next state, and what `step_back` needs; from_inputs = W x + b and from_state = U h + c, each (B, G H)."""
+        """The next state, and what `slopes` needs; from_inputs = W x + b and from_state = U h + c, each (B, G H)."""
         hidden = torch.tanh(from_inputs + from_state)
         return (hidden,), (hidden,)
 
-    def step_back(self, grads: Any, kept: Any) -> tuple[Tensor, Tensor, Any]:
-        """Of a new state's gradient: those of from_inputs, from_state, and of the old state but for U's part."""
-        # tanh' = 1 - tanh^2; both sums enter it alike, and the old state by way of U alone.
+    def slopes(self, *kept: Tensor) -> tuple[Tensor, ...]:
+        """What `step_back` needs, of all times (T, B, ...); `kept` is what `step` left."""
+        # tanh' = 1 - tanh^2
         (hidden,) = kept
-        grad = grads[0] * (1 - hidden.square())
+        return (1 - hidden.square(),)
+
+    def step_back(self, grads: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Of a new state's gradient: those of from_inputs, from_state, and of the old state but for U's part."""
+        # Both sums enter the tanh alike, and the old state by way of U alone.
+        grad = grads[0] * slopes[0]
         return grad, grad, (0.0,)
 
     def _arguments(self) -> tuple[Any, ...]:
@@ -186,28 +193,24 @@ class LSTM(RNN):
         return states, (hidden[0], cell[0])
 
     def step(self, from_inputs: Tensor, from_state: Tensor, state: State) -> tuple[State, tuple[Tensor, ...]]:
-        gates = from_inputs + from_state
-        i, f, g, o = gates.chunk(4, dim=1)
+        i, f, g, o = (from_inputs + from_state).chunk(4, dim=1)
         i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
         cell = f * state[1] + i * g
         shown = torch.tanh(cell)
         return (o * shown, cell), (i, f, g, o, state[1], shown)
 
-    def step_back(self, grads: Any, kept: Any) -> tuple[Tensor, Tensor, Any]:
+    def slopes(self, *kept: Tensor) -> tuple[Tensor, ...]:
         # Through h_t = o tanh(c_t):        do = dh tanh(c_t),  dc_t = what came back + dh o (1 - tanh(c_t)^2)
         # Through c_t = f c_{t-1} + i g:    di = dc_t g,  df = dc_t c_{t-1},  dg = dc_t i,  dc_{t-1} = dc_t f
         # Through the curves:               sigmoid' = s (1 - s), tanh' = 1 - tanh^2
         i, f, g, o, before, shown = kept
-        grad, grad_cell = grads[0], grads[1] + grads[0] * o * (1 - shown.square())
-        gates = torch.cat(
-            (
-                grad_cell * g * i * (1 - i),
-                grad_cell * before * f * (1 - f),
-                grad_cell * i * (1 - g.square()),
-                grad * shown * o * (1 - o),
-            ),
-            dim=1,
-        )
+        by_cell = torch.stack((g * i * (1 - i), before * f * (1 - f), i * (1 - g.square())), dim=2)  # (T, B, 3, H)
+        return by_cell, shown * o * (1 - o), o * (1 - shown.square()), f
+
+    def step_back(self, grads: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, Any]:
+        by_cell, by_state, shown, f = slopes
+        grad_cell = grads[1] + grads[0] * shown
+        gates = torch.cat(((by_cell * grad_cell.unsqueeze(1)).flatten(1), by_state * grads[0]), dim=1)  # (B, 4 H)
         return gates, gates, (0.0, grad_cell * f)
 
 
@@ -230,16 +233,19 @@ class GRU(RNN):
         n = torch.tanh(n + r * inner)
         return ((1 - z) * n + z * state[0],), (r, z, n, inner, state[0])
 
-    def step_back(self, grads: Any, kept: Any) -> tuple[Tensor, Tensor, Any]:
+    def slopes(self, *kept: Tensor) -> tuple[Tensor, ...]:
         # Through h_t = (1 - z) n + z h_{t-1}:    dn = dh (1 - z),  dz = dh (h_{t-1} - n),  dh_{t-1} = dh z
         # Through n = tanh(a + r inner), inner = U h_{t-1} + c:    da = dn (1 - n^2),  dr = da inner,  dinner = da r
         # Through r and z:    sigmoid' = s (1 - s)
         r, z, n, inner, before = kept
+        by_n = (1 - z) * (1 - n.square())
+        return torch.cat((by_n * inner * r * (1 - r), (before - n) * z * (1 - z)), -1), by_n, r, z
+
+    def step_back(self, grads: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, Any]:
+        by_gates, by_n, r, z = slopes
         (grad,) = grads
-        grad_n = grad * (1 - z) * (1 - n.square())
-        grad_r = grad_n * inner * r * (1 - r)
-        grad_z = grad * (before - n) * z * (1 - z)
-        return torch.cat((grad_r, grad_z, grad_n), 1), torch.cat((grad_r, grad_z, grad_n * r), 1), (grad * z,)
+        gates, grad_n = by_gates * grad.repeat(1, 2), by_n * grad
+        return torch.cat((gates, grad_n), 1), torch.cat((gates, grad_n * r), 1), (grad * z,)
 
 
 CELLS: dict[str, type[RNN]] = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
