@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quire.layers.attention import ScaledDotProductAttention
 from quire.layers.layer import Block, recording
+from quire.layers.recurrent import RNN
 from quire.models.settings import ModelSettings
 from quire.run import empty_model
 
@@ -68,7 +69,8 @@ def _measured(settings: ModelSettings) -> Size:
         given = {"tokens": tokens} | ({"source": tokens} if settings.reads_source else {})
         counter = FlopCounterMode(display=False)
         # Recorded, recurrent layers spell out every product, and so does attention's plainest kernel.
-        with torch.no_grad(), recording(model), sdpa_kernel(SDPBackend.MATH), counter:
+        recurrent = nn.ModuleList(module for module in model.modules() if isinstance(module, RNN))
+        with torch.no_grad(), recording(recurrent), sdpa_kernel(SDPBackend.MATH), counter:
             model(**given)
         kept = []
         for recomputed in (False, True):

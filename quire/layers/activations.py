@@ -45,8 +45,8 @@ class Curve(Layer):
         if self.tape is None:
             return self.value(x)
         y, slope = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
-        for part in pieces(x.detach(), y, slope):
-            self.trace(*part)
+        for part, *results in pieces(x.detach(), y, slope):
+            self.trace(part.float() if part.dtype.itemsize < 4 else part, *results)
         self.save(slope)
         watched = x.requires_grad and torch.is_grad_enabled()  # by autograd, which the gradient is compared with
         return self.value(x) if watched else y

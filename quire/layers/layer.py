@@ -116,8 +116,10 @@ def add_grad(parameter: nn.Parameter, grad: Tensor) -> None:
 
 def add_product(parameter: nn.Parameter, grad: Tensor, x: Tensor) -> None:
     """Add the gradient of a matrix (outputs, inputs) that made rows `grad` (N, outputs) of rows `x` (N, inputs)."""
-    if parameter.grad is None or torch.is_autocast_enabled(grad.device.type):
+    if not parameter.requires_grad:
+        return
+    if parameter.grad is None or torch.is_autocast_enabled(x.device.type):  # nothing in place is cast by it
         add_grad(parameter, grad.T @ x)
-    elif parameter.requires_grad:
+    else:
         with torch.no_grad():
             parameter.grad.addmm_(grad.T, x)
