@@ -116,7 +116,8 @@ def add_grad(parameter: nn.Parameter, grad: Tensor) -> None:
 
 def add_product(parameter: nn.Parameter, grad: Tensor, x: Tensor) -> None:
     """Add the gradient of a matrix (outputs, inputs) that made rows `grad` (N, outputs) of rows `x` (N, inputs)."""
-    if parameter.grad is None or grad.dtype is not parameter.dtype or not parameter.requires_grad:
+    same = grad.dtype is x.dtype is parameter.dtype  # under mixed precision it is a product that autocast has to see
+    if parameter.grad is None or not same or not parameter.requires_grad:
         add_grad(parameter, grad.T @ x)
     else:
         with torch.no_grad():
