@@ -256,14 +256,14 @@ FLAGS = {"steps": 1000, "learning-rate": 4e-3, "batch-size": 8, "context-length"
 
 def read(options):
     """The text, if it and the options can be used; else an OSError or a ValueError that says why not."""
-    for flag, value in options.items():
+    for flag, value in ((name.replace("_", "-"), value) for name, value in options.items()):
         if not isinstance(value, str) and not (value >= 1 if isinstance(value, int) else 0 <= value < 10):
-            raise ValueError(f"{flag} must be at least 1, or for a rate or temperature from 0 to 10, not {value}.")
+            raise ValueError(f"--{flag} must be at least 1, or for a rate or temperature from 0 to 10, not {value}.")
     if options["embedding_size"] % options["heads"]:
-        raise ValueError("embedding_size must be a multiple of heads.")
-    text, least = Path(options["text"]).read_text(encoding="utf-8"), 20 + 2 * options["context_length"]
-    if "\0" in text or len(text) < least:
-        raise ValueError(f"{options['text']} is binary, or has fewer than {least} characters: some 100,000 are good.")
+        raise ValueError("--embedding-size must be a multiple of --heads.")
+    text, least = Path(options["text"]).read_text("utf-8", "replace"), 20 + 2 * options["context_length"]
+    if set(text) & set("\0\ufffd") or len(text) < least:
+        raise ValueError(f"{options['text']} is not UTF-8 text, or has fewer than {least} characters: give more.")
     if unknown := sorted(set(options["prompt"]) - set(text)):
         raise ValueError(f"The text lacks what stands in the prompt: {', '.join(map(repr, unknown))}.")
     return text

@@ -125,8 +125,9 @@ class ScaledDotProductAttention(Layer):
 
 
 class MultiHeadAttention(Layer):
-    """Each position gathers values from earlier ones, in H different ways at once: (B, T, C) to (B, T, C).
+    """[head_1, ..., head_H] W_O^T; head_h attends by its part of x W_Q^T, x W_K^T and x W_V^T: (B, T, C) to (B, T, C).
 
+    Each position gathers values from earlier ones, in H different ways at once (Vaswani et al. 2017, 3.2.2).
     `bias` is of queries, keys and values; `output_bias` None: of the output too.
     """
 

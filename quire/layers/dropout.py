@@ -8,7 +8,10 @@ from quire.layers.layer import Layer
 
 
 class Dropout(Layer):
-    """Srivastava et al. 2014. Draws from torch's default generator; on a CPU alike whether recording or not."""
+    """y = x m / (1 - p), each m drawn: 0 with probability p, else 1; outside training y = x (Srivastava et al. 2014).
+
+    Draws from torch's default generator; on a CPU alike whether recording or not.
+    """
 
     def __init__(self, p: float) -> None:
         super().__init__()

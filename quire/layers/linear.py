@@ -33,7 +33,7 @@ class Linear(Layer):
 
 
 class OutputHead(Linear):
-    """The map from channels to logits, W (V, C) without a bias; in training, of a size that the hardware likes.
+    """logits = x W^T, for W (V, C) without a bias; in training, of a size that the hardware likes.
 
     Matrix kernels work in tiles and on aligned rows: a vocabulary of 50,257 runs slower than one of 50,304. So where
     logits go straight into a loss they may be `padded`: V is rounded up, and the columns past it, whose weights are

@@ -182,9 +182,9 @@ class RNN(Layer):
 
 
 class LSTM(RNN):
-    """A cell c that gates write, keep and show (Hochreiter and Schmidhuber 1997; Gers et al. 2000), as torch.nn.LSTM.
+    """c_t = f c_{t-1} + i g and h_t = o tanh(c_t), with i, f, o = sigmoid and g = tanh of W x_t + b + U h_{t-1} + c.
 
-    c_t = f c_{t-1} + i g and h_t = o tanh(c_t), with i, f, o = sigmoid and g = tanh of W x_t + b + U h_{t-1} + c.
+    A cell that gates write, keep and show (Hochreiter and Schmidhuber 1997; Gers et al. 2000), as torch.nn.LSTM.
     """
 
     GATES, STATES = 4, 2
@@ -221,10 +221,9 @@ class LSTM(RNN):
 
 
 class GRU(RNN):
-    """One gate mixes old and new, another resets (Cho et al. 2014, the reset after the product as in torch.nn.GRU).
+    """h_t = (1 - z) n + z h_{t-1}, with z, r = sigmoid(a + u) and n = tanh(a + r u), a = W x_t + b, u = U h_{t-1} + c.
 
-    h_t = (1 - z) n + z h_{t-1}, with r, z = sigmoid of W x_t + b + U h_{t-1} + c, and
-    n = tanh(W x_t + b + r (U h_{t-1} + c)).
+    One gate mixes old and new, another resets (Cho et al. 2014, the reset after the product as in torch.nn.GRU).
     """
 
     GATES = 3

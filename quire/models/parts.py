@@ -69,7 +69,7 @@ class Part(Block):
 
 
 class RecurrentPart(Part):
-    """A part around a recurrent layer."""
+    """dropout(inner(norm(x))), with x added to it where it is residual; `inner` is a recurrent layer."""
 
     inner: RNN
 
@@ -81,7 +81,7 @@ class RecurrentPart(Part):
 
 
 class AttentionPart(Part):
-    """A part around causal self-attention."""
+    """dropout(inner(norm(x))), with x added to it where it is residual; `inner` is causal self-attention."""
 
     looks_back = True
     inner: MultiHeadAttention

@@ -64,6 +64,13 @@ def gradients(model: Any, engine: str, batch: Batch) -> tuple[float, list[Tensor
     return float(loss), [parameter.grad.clone() for parameter in model.parameters()]
 
 
+def added(model: Any, engine: str, batch: Batch) -> list[Tensor]:
+    """The gradients of a second part of an accumulated batch, added to those that stand."""
+    torch.manual_seed(4)
+    ENGINES[engine].backpropagate(model, batch, 1.5)
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
 def a_batch(model: Any) -> Batch:
     targets = random_tokens(3, 9, seed=3)
     targets[1, 4:] = IGNORED
@@ -122,8 +129,10 @@ def test_both_engines_in_mixed_precision(kind, built):
     for engine in ENGINES:
         with torch.autocast(DEVICE.type, torch.bfloat16):
             loss, found = gradients(model, engine, batch)
+            again = added(model, engine, batch)
         assert loss == pytest.approx(exact_loss, rel=0.02)
         assert all(gradient.dtype == torch.float32 for gradient in found)
+        equal(again, [2 * gradient for gradient in found], 1e-3)
         off = torch.stack([(a - b).norm() for a, b in zip(found, exact, strict=True)]).norm()
         assert float(off / torch.stack([b.norm() for b in exact]).norm()) < 0.1
 
