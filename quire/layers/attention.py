@@ -116,7 +116,11 @@ class ScaledDotProductAttention(Layer):
             grad_scores = (grad_weights - shared(sums, first, last)).mul_(weights).to(query.dtype)
             grad_query[:, :, first:last] = (grad_scores @ key[:, :seen]).view(rows, heads, last - first, size)
             grad_key[:, :seen] += grad_scores.mT @ asked
-        return grad_query.mul_(scale), grad_key.unflatten(0, (rows, kv_heads)), grad_value.unflatten(0, (rows, kv_heads))
+        return (
+            grad_query.mul_(scale),
+            grad_key.unflatten(0, (rows, kv_heads)),
+            grad_value.unflatten(0, (rows, kv_heads)),
+        )
 
 
 class MultiHeadAttention(Layer):

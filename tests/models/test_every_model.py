@@ -91,7 +91,7 @@ def test_both_engines_give_the_same_gradient(kind, dropout, built):
     found_loss, found = gradients(model, "manual", batch)
     assert found_loss == pytest.approx(float(loss), rel=1e-12)
     equal(found, list(expected), 1e-10)
-    if not dropout:
+    if not dropout or DEVICE.type == "cpu":  # where both draw alike
         equal(found, gradients(model, "autograd", batch)[1], 1e-10)
     assert all(not layer.tape for layer in model.modules() if isinstance(layer, Layer))
 
@@ -121,7 +121,10 @@ def test_both_engines_in_mixed_precision(kind, built):
     exact_loss, exact = gradients(model, "autograd", batch)
     for engine in ENGINES:
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            loss, found = gradients(model, engine, batch)
+            loss, _ = gradients(model, engine, batch)
+            torch.manual_seed(4)
+            ENGINES[engine].backpropagate(model, batch, 1.5)  # adds to what is there
+        found = [parameter.grad / 2 for parameter in model.parameters()]
         assert loss == pytest.approx(exact_loss, rel=0.02)
         assert all(gradient.dtype == torch.float32 for gradient in found)
         off = torch.stack([(a - b).norm() for a, b in zip(found, exact, strict=True)]).norm()
