@@ -108,12 +108,13 @@ class ScaledDotProductAttention(Layer):
             elif visible is not None:
                 scores.view(rows, heads, last - first, seen).masked_fill_(~visible[..., first:last, :], -math.inf)
             weights = torch.softmax(scores, dim=-1)
+            del scores  # beside the weights and their gradient there is nothing else of that size
             grad_weights, dropped = received @ value[:, :seen].mT, weights
             if keep is not None:
                 kept = shared(keep, first, last)[..., :seen]
                 dropped, grad_weights = self.dropout.applied(weights, kept), self.dropout.applied(grad_weights, kept)
             grad_value[:, :seen] += dropped.to(grad.dtype).mT @ received
-            grad_scores = (grad_weights - shared(sums, first, last)).mul_(weights).to(query.dtype)
+            grad_scores = grad_weights.sub_(shared(sums, first, last)).mul_(weights).to(query.dtype)
             grad_query[:, :, first:last] = (grad_scores @ key[:, :seen]).view(rows, heads, last - first, size)
             grad_key[:, :seen] += grad_scores.mT @ asked
         return (

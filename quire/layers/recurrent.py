@@ -111,7 +111,7 @@ class RNN(Layer):
             state = new
             states.append(state[0])
         if self.tape is not None:
-            self.save(x, torch.stack(before, 1), kept, mask, starts)
+            self.save(x, torch.stack(before), [torch.stack(part) for part in zip(*kept, strict=True)], mask, starts)
         return torch.stack(states, 1), state
 
     def backward(self, grad: Tensor) -> Tensor:
@@ -119,9 +119,11 @@ class RNN(Layer):
         # the step after it, directly and by way of U. The loop finds the gradients of the gates, before their curves;
         # the weights' are then one product each: dW = sum over B, T of dgates^T x_t, dU = the same with h_{t-1}.
         x, before, kept, mask, starts = self.saved()
-        slopes = self.slopes(*(torch.stack(part) for part in zip(*kept, strict=True)))  # each (T, B, ...)
+        slopes = self.slopes(before, *kept)  # each (T, B, ...)
+        del kept
         passed: Any = (0.0,) * self.STATES
-        grads_inputs, grads_state = [], []
+        grads_inputs: list[Tensor] = []
+        grads_state: list[Tensor] = []
         for t in reversed(range(x.shape[1])):
             received = (passed[0] + grad[:, t], *passed[1:])
             into = received
@@ -134,11 +136,14 @@ class RNN(Layer):
             if starts is not None:  # a forgotten state had no part in anything
                 passed = tuple(part.masked_fill(starts[:, t, None], 0) for part in passed)
             grads_inputs.append(from_inputs)
-            grads_state.append(from_state)
-        grad_inputs, grad_state = torch.stack(grads_inputs[::-1], 1), torch.stack(grads_state[::-1], 1)  # (B, T, G H)
+            if from_state is not from_inputs:  # where the two are not simply added
+                grads_state.append(from_state)
+        grad_inputs = torch.stack(grads_inputs[::-1], 1)  # (B, T, G H)
+        del grads_inputs
+        grad_state = torch.stack(grads_state[::-1], 1) if grads_state else grad_inputs
         for rows, read, weight, bias in (
             (grad_inputs, x, self.weight_ih_l0, self.bias_ih_l0),
-            (grad_state, before, self.weight_hh_l0, self.bias_hh_l0),
+            (grad_state, before.transpose(0, 1), self.weight_hh_l0, self.bias_hh_l0),
         ):
             add_product(weight, rows.flatten(0, 1), read.flatten(0, 1))
             add_grad(bias, rows.sum((0, 1)))
@@ -156,8 +161,8 @@ class RNN(Layer):
         hidden = torch.tanh(from_inputs + from_state)
         return (hidden,), (hidden,)
 
-    def slopes(self, *kept: Tensor) -> tuple[Tensor, ...]:
-        """What `step_back` needs, of all times (T, B, ...); `kept` is what `step` left."""
+    def slopes(self, before: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        """What `step_back` needs, of all times (T, B, ...): of the states before, and of what `step` left."""
         # tanh' = 1 - tanh^2
         (hidden,) = kept
         return (1 - hidden.square(),)
@@ -199,12 +204,12 @@ class LSTM(RNN):
         shown = torch.tanh(cell)
         return (o * shown, cell), (i, f, g, o, state[1], shown)
 
-    def slopes(self, *kept: Tensor) -> tuple[Tensor, ...]:
+    def slopes(self, before: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         # Through h_t = o tanh(c_t):        do = dh tanh(c_t),  dc_t = what came back + dh o (1 - tanh(c_t)^2)
         # Through c_t = f c_{t-1} + i g:    di = dc_t g,  df = dc_t c_{t-1},  dg = dc_t i,  dc_{t-1} = dc_t f
         # Through the curves:               sigmoid' = s (1 - s), tanh' = 1 - tanh^2
-        i, f, g, o, before, shown = kept
-        by_cell = torch.stack((g * i * (1 - i), before * f * (1 - f), i * (1 - g.square())), dim=2)  # (T, B, 3, H)
+        i, f, g, o, cell, shown = kept
+        by_cell = torch.stack((g * i * (1 - i), cell * f * (1 - f), i * (1 - g.square())), dim=2)  # (T, B, 3, H)
         return by_cell, shown * o * (1 - o), o * (1 - shown.square()), f
 
     def step_back(self, grads: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, Any]:
@@ -231,13 +236,13 @@ class GRU(RNN):
         (r, z, n), (reset, update, inner) = from_inputs.chunk(3, dim=1), from_state.chunk(3, dim=1)
         r, z = torch.sigmoid(r + reset), torch.sigmoid(z + update)
         n = torch.tanh(n + r * inner)
-        return ((1 - z) * n + z * state[0],), (r, z, n, inner, state[0])
+        return ((1 - z) * n + z * state[0],), (r, z, n, inner)
 
-    def slopes(self, *kept: Tensor) -> tuple[Tensor, ...]:
+    def slopes(self, before: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         # Through h_t = (1 - z) n + z h_{t-1}:    dn = dh (1 - z),  dz = dh (h_{t-1} - n),  dh_{t-1} = dh z
         # Through n = tanh(a + r inner), inner = U h_{t-1} + c:    da = dn (1 - n^2),  dr = da inner,  dinner = da r
         # Through r and z:    sigmoid' = s (1 - s)
-        r, z, n, inner, before = kept
+        r, z, n, inner = kept
         by_n = (1 - z) * (1 - n.square())
         return torch.cat((by_n * inner * r * (1 - r), (before - n) * z * (1 - z)), -1), by_n, r, z
 
