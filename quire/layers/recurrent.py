@@ -138,6 +138,7 @@ class RNN(Layer):
             grads_inputs.append(from_inputs)
             if from_state is not from_inputs:  # where the two are not simply added
                 grads_state.append(from_state)
+        del slopes
         grad_inputs = torch.stack(grads_inputs[::-1], 1)  # (B, T, G H)
         del grads_inputs
         grad_state = torch.stack(grads_state[::-1], 1) if grads_state else grad_inputs
