@@ -208,9 +208,12 @@ def norm(values: list[Tensor]) -> float:
 
 
 def picture(value: Tensor) -> list[list[float]] | None:
-    """|values| of (1, T, C), averaged to at most ROWS x COLUMNS, three digits each; None for any other shape."""
+    """|values| of (1, T, C), three digits each; None for any other shape.
+
+    Of more than ROWS x COLUMNS each cell has the largest of its part, so that what stands out is not lost.
+    """
     if value.dim() != 3 or len(value) != 1 or value.numel() == 0:
         return None
     size = (min(value.shape[1], ROWS), min(value.shape[2], COLUMNS))
-    small = F.adaptive_avg_pool2d(torch.nan_to_num(value.abs(), 0.0, 0.0, 0.0), size)[0]
+    small = F.adaptive_max_pool2d(torch.nan_to_num(value.abs(), 0.0, 0.0, 0.0), size)[0]
     return [[float(f"{x:.3g}") for x in row] for row in small.tolist()]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quire.layers.layer import Layer, add_grad
+from quire.layers.layer import Layer, add_grad, add_product
 
 State = tuple[Tensor, ...]  # each (B, H): the hidden state first, then what else a layer carries on
 
@@ -146,7 +146,7 @@ class RNN(Layer):
             (grad_inputs, x, self.weight_ih_l0, self.bias_ih_l0),
             (grad_state, before.transpose(0, 1), self.weight_hh_l0, self.bias_hh_l0),
         ):
-            add_grad(weight, rows.flatten(0, 1).T @ read.flatten(0, 1))
+            add_product(weight, rows.flatten(0, 1), read.flatten(0, 1))
             add_grad(bias, rows.sum((0, 1)))
         return grad_inputs @ self.weight_ih_l0
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from quire.errors import UserError
 from quire.inspection import gradients as inspected
+from quire.inspection.calls import COLUMNS, ROWS, picture
 from quire.inspection.gradients import AGREES, IDLE, LayerCall, Pass, gradients, walk
 from quire.inspection.written import code, derivation, equation, places
 from quire.layers.layer import Block, Layer, recording
@@ -165,6 +166,14 @@ def test_frozen_parameters_and_tied_ones(built):
     assert None not in shares and shares[0] != shares[1], "each call tells its own share of the shared gradient"
 
 
+def test_a_picture_of_much_keeps_what_stands_out():
+    value = torch.rand(1, 60, 200)
+    value[0, 31, 151] = -7.0
+    small = picture(value)
+    assert small is not None and (len(small), len(small[0])) == (ROWS, COLUMNS)
+    assert [(r, c) for r, row in enumerate(small) for c, x in enumerate(row) if x == 7] == [(12, 36)]
+
+
 def named(found: Pass, name: str) -> LayerCall:
     return next(call for call in found.calls if call.name == name)
 
@@ -177,9 +186,9 @@ def test_equation_code_and_place_are_read_from_the_source():
         equation(Linear)
         == "y = x W^T + b, for x of shape (..., inputs); parameters named and shaped as in torch.nn.Linear."
     )
-    assert "def backward" in code(LSTM, "backward") and "def step_back" in code(LSTM, "backward")
+    assert all(f"def {name}(" in code(LSTM, "backward") for name in ("backward", "slopes", "step_back"))
     assert "dc_{t-1} = dc_t f" in derivation(LSTM) and "#" not in derivation(LSTM)[:1]
-    assert [name for name, _ in places(LSTM)] == ["RNN.backward", "LSTM.step_back"]
+    assert [name for name, _ in places(LSTM)] == ["RNN.backward", "LSTM.slopes", "LSTM.step_back"]
     assert [name for name, _ in places(PostNormDecoderBlock)] == ["DecoderBlock.backward", "PostNormBlock.undo_add"]
     where, line = places(LayerNorm)[0][1].rsplit(":", 1)
     with open(where, encoding="utf-8") as file:

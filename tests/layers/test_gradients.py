@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import quire.layers
+from quire.layers import layer as layer_module
 from quire.layers.activations import ACTIVATIONS, Curve
 from quire.layers.attention import MultiHeadAttention, ScaledDotProductAttention
 from quire.layers.blocks import BLOCKS
@@ -243,6 +244,29 @@ def test_backward_equals_autograd(name):
     for number, (ours, theirs) in enumerate(zip(again, expected, strict=True)):
         times = 1 if number < case.gradients else 2
         assert float((ours - times * theirs).abs().max()) <= 1e-10 * largest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_curves_in_lower_precision_are_rounded_once(name, dtype, monkeypatch):
+    """As torch's kernels do it, in several pieces; and large numbers, whose cube float16 cannot hold, stay finite."""
+    monkeypatch.setattr(layer_module, "PIECE", 64)
+    x = torch.cat((torch.randn(9, 30) * 3, torch.full((9, 2), 90.0)), dim=1).to(dtype).requires_grad_()
+    curve, grad = ACTIVATIONS[name](), torch.randn(9, 32).to(dtype)
+    y = curve(x)
+    (expected,) = torch.autograd.grad(y, x, grad)
+    with torch.no_grad(), recording(curve):
+        torch.testing.assert_close(curve(x), y)
+        torch.testing.assert_close(curve.backward(grad), expected)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("visible", [None, torch.ones(1, 1, 1, 5).bool()], ids=["causal", "all"])
+def test_an_empty_batch_has_empty_gradients(visible, kv_heads):
+    attend, query, key = ScaledDotProductAttention(), torch.ones(0, 4, 5, 2), torch.ones(0, kv_heads, 5, 2)
+    with torch.no_grad(), recording(attend):
+        given = attend.backward(attend(query, key, key, visible))
+    assert [x.shape for x in given] == [query.shape, key.shape, key.shape]
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.leaves()])

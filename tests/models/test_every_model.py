@@ -64,13 +64,6 @@ def gradients(model: Any, engine: str, batch: Batch) -> tuple[float, list[Tensor
     return float(loss), [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def added(model: Any, engine: str, batch: Batch) -> list[Tensor]:
-    """The gradients of a second part of an accumulated batch, added to those that stand."""
-    torch.manual_seed(4)
-    ENGINES[engine].backpropagate(model, batch, 1.5)
-    return [parameter.grad.clone() for parameter in model.parameters()]
-
-
 def a_batch(model: Any) -> Batch:
     targets = random_tokens(3, 9, seed=3)
     targets[1, 4:] = IGNORED
@@ -98,7 +91,7 @@ def test_both_engines_give_the_same_gradient(kind, dropout, built):
     found_loss, found = gradients(model, "manual", batch)
     assert found_loss == pytest.approx(float(loss), rel=1e-12)
     equal(found, list(expected), 1e-10)
-    if not dropout:
+    if not dropout or DEVICE.type == "cpu":  # where both draw alike
         equal(found, gradients(model, "autograd", batch)[1], 1e-10)
     assert all(not layer.tape for layer in model.modules() if isinstance(layer, Layer))
 
@@ -128,13 +121,14 @@ def test_both_engines_in_mixed_precision(kind, built):
     exact_loss, exact = gradients(model, "autograd", batch)
     for engine in ENGINES:
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            loss, found = gradients(model, engine, batch)
-            again = added(model, engine, batch)
+            loss, _ = gradients(model, engine, batch)
+            torch.manual_seed(4)
+            ENGINES[engine].backpropagate(model, batch, 1.5)  # adds to what is there
+        found = [parameter.grad / 2 for parameter in model.parameters()]
         assert loss == pytest.approx(exact_loss, rel=0.02)
         assert all(gradient.dtype == torch.float32 for gradient in found)
-        equal(again, [2 * gradient for gradient in found], 1e-3)
         off = torch.stack([(a - b).norm() for a, b in zip(found, exact, strict=True)]).norm()
-        assert float(off / torch.stack([b.norm() for b in exact]).norm()) < 0.1
+        assert float(off / torch.stack([b.norm() for b in exact]).norm()) < 0.03
 
 
 def kept_bytes(model: Any, engine: str, batch: Batch) -> int:

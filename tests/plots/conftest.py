@@ -1,9 +1,7 @@
 """A real browser, driven over a pipe, which sees from outside what a page's own JavaScript does; data for pages."""
 
 import base64
-import dataclasses
 import html.parser
-import inspect
 import json
 import os
 import selectors
@@ -17,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from quire.layers.layer import Layer, recording
+from quire.inspection.calls import Call, Forward, Provenance, watched
+from quire.inspection.written import code, derivation, equation
+from quire.layers.layer import recording
 from quire.models import MODELS
 from quire.plots.gradients_page import GraphNode
 
@@ -216,81 +214,46 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-class Lineage(TorchFunctionMode):
-    """Whatever is made of tensors comes from the calls that they came from."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        read = [tensor for part in args for tensor in (part if isinstance(part, (tuple, list)) else [part])]
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, Tensor) and (found := sources(read)):
-                tensor.sources = found  # type: ignore[attr-defined]
-        return made
-
-
-def sources(values: Any) -> set[int]:
-    return set().union(*(getattr(value, "sources", ()) for value in values if isinstance(value, Tensor)))
-
-
 def recorded(shape: str = "gpt", wrong: str = "", **settings: Any) -> list[GraphNode]:
     """The calls of a real model's forward pass; what is told of gradients is made up, and of `wrong` it is bad."""
     words = SIZES | SHAPES[shape] | settings
     kind = MODELS[words.pop("kind", shape)]
     torch.manual_seed(1)
     model = kind(kind.Settings(**words))
-    names = {module: name for name, module in model.named_modules()}
-    made: list[GraphNode] = []
-    running: list[int] = []
-
-    def before(layer: Layer, inputs: Any) -> None:
-        made.append(_node(layer, names[layer], len(made), running, inputs, wrong))
-        running.append(len(made) - 1)
-
-    def after(layer: Layer, inputs: Any, output: Tensor) -> Tensor:
-        number = running.pop()
-        picture = output[0].flatten(1).abs().tolist() if output.dim() > 2 else None
-        facts = {"output": str(tuple(output.shape)), "activation_norm": float(output.norm())}
-        made[number] = dataclasses.replace(made[number], **facts, activation_picture=picture, gradient_picture=picture)
-        if not any(node.parent == number for node in made):
-            output = output.view_as(output)  # where a layer hands on what it was given, under another name
-            output.sources = {number}  # type: ignore[attr-defined]
-        return output
-
-    for layer in names:
-        if isinstance(layer, Layer):
-            layer.register_forward_pre_hook(before)
-            layer.register_forward_hook(after)
     tokens = torch.arange(10)[None]
     source = {"source": tokens} if model.settings.reads_source else {}
-    with torch.no_grad(), recording(model), Lineage():
+    forward = Forward(model)
+    with torch.no_grad(), recording(model), watched(model, "forward", forward.call), Provenance():
         model(tokens, tokens.roll(-1), **source)
-    return made
+    return [_node(call, wrong) for call in forward.calls]
 
 
-def _node(layer: Layer, name: str, number: int, running: list[int], inputs: Any, wrong: str) -> GraphNode:
-    inside = bool(wrong) and (not name or wrong.startswith(name + "."))
-    code = inspect.getsource(type(layer).backward)
+def _node(call: Call, wrong: str) -> GraphNode:
+    inside = bool(wrong) and (not call.name or wrong.startswith(call.name + "."))
+    kind = type(call.layer)
     return GraphNode(
-        number=number,
-        name=name,
-        layer=type(layer).__name__,
-        parent=running[-1] if running else None,
-        sources=tuple(sorted(sources(inputs))),
-        equation=(inspect.getdoc(type(layer)) or "").splitlines()[0],
-        derivation="\n".join(line.strip(" #") for line in code.splitlines() if line.strip().startswith("#")),
-        forward_code=inspect.getsource(type(layer).forward),
-        backward_code=code,
-        inputs=", ".join(str(tuple(x.shape)) for x in inputs if isinstance(x, Tensor)),
-        output="",
-        activation_norm=None,
-        gradient_norm=0.1 / (number + 1),
-        returned_norm=None if number % 5 == 1 else 0.2,
-        autograd_difference=1.75 if name == wrong else 3.1e-16,
-        numerical_difference=1.5 if name == wrong else 2.2e-9,
-        verdict="wrong" if wrong and name == wrong else "within" if inside else "agrees",
-        parameters=tuple((n, str(tuple(p.shape)), float(p.norm()), 0.5) for n, p in layer.named_parameters("", False)),
-        activation_picture=None,
-        gradient_picture=None,
+        number=call.number,
+        name=call.name,
+        layer=kind.__name__,
+        parent=call.parent,
+        sources=tuple(sorted(source for source in call.sources if source >= 0)),
+        equation=equation(kind),
+        derivation=derivation(kind),
+        forward_code=code(kind, "forward"),
+        backward_code=code(kind, "backward"),
+        inputs=", ".join(map(str, call.shapes)),
+        output=" ".join(map(str, call.outputs)),
+        activation_norm=call.norm,
+        gradient_norm=0.1 / (call.number + 1),
+        returned_norm=None if call.number % 5 == 1 else 0.2,
+        autograd_difference=1.75 if call.name == wrong else 3.1e-16,
+        numerical_difference=1.5 if call.name == wrong else 2.2e-9,
+        verdict="wrong" if wrong and call.name == wrong else "within" if inside else "agrees",
+        parameters=tuple(
+            (n, str(tuple(p.shape)), float(p.detach().norm()), 0.5) for n, p in call.layer.named_parameters("", False)
+        ),
+        activation_picture=call.picture,
+        gradient_picture=call.picture,
     )
 
 

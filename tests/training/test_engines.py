@@ -209,24 +209,3 @@ def test_a_batch_without_targets_gives_no_gradient(engine):
     loss, grads = gradients(engine, model, Batch(torch.zeros_like(nothing), nothing, 0), 1.0)
     assert loss.item() == 0
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
-
-
-@pytest.mark.parametrize("shape", [{}, {**QWEN, "tied": False}])
-def test_both_engines_in_mixed_precision(shape):
-    """Under autocast the products are bfloat16 in both, and their gradients alike to its precision."""
-    torch.manual_seed(1)
-    model = GPT(GPTSettings(**SHAPE, **shape))
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    batch, found = Batches(TOKENS, 8, 1).take(Cursor(), 6), {}
-    for engine in ENGINES:
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, grads = gradients(engine, model, batch, 1.0)
-        assert all(grad.dtype == torch.float32 for grad in grads)
-        found[engine] = loss.item(), torch.cat([grad.flatten() for grad in grads])
-    model.zero_grad()
-    exact = torch.cat([grad.flatten() for grad in gradients("autograd", model, batch, 1.0)[1]])
-    for loss, grad in found.values():
-        assert loss == pytest.approx(found["autograd"][0], rel=0.01)
-        assert float((grad - exact).norm() / exact.norm()) < 0.03
