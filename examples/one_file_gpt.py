@@ -58,8 +58,8 @@ class Parameter:
         self.value -= rate * mean / (square.sqrt() + epsilon)
 
 
-# A layer is a function that returns two things: its output y, and the way back, a function from dy to dx, which also adds
-# to the gradients of the layer's parameters. What it needs of the way there stands in the variables around it.
+# A layer is a function that returns two things: its output y, and the way back, a function from dy to dx, which also
+# adds to the gradients of the layer's parameters. What it needs of the way there stands in the variables around it.
 # All of it is the chain rule: dx = sum over all y that depend on x of dy times the derivative of y by x.
 
 
