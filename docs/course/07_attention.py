@@ -214,8 +214,8 @@ assert torch.allclose(y_shuffled[-1], y[-1])
 #
 #     P(t) . P(s) = sum over i of cos((t - s) f_i)
 #
-# depends on the *distance* t - s alone. A query that contains P(t) can ask for "three places before me": it takes a
-# linear map to turn each pair of channels by -3 f_i, and that makes P(t - 3) of P(t).
+# depends on the *distance* t - s alone. A query that contains P(t) can ask for "three places before me": to turn each
+# pair of channels by the angle -3 f_i is a linear map, and it makes P(t - 3) of P(t).
 
 # %%
 P = SinusoidalPositions(C)(torch.arange(T))  # (T, C)

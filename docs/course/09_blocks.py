@@ -389,7 +389,7 @@ print(f"held-out loss: attention alone 2.182, this GPT {loss:.3f} nats per chara
 #
 # The two blocks then have their norms after the sums, and there is none before the head. Does it train?
 #
-# **Answer.** It does, and just as well: 1.928 in place of 1.932, no more than another seed would change. It even starts
+# **Answer.** It does, and just as well: 1.928 in place of 1.931, no more than another seed would change. It even starts
 # a little faster (2.37 against 2.45 after 200 steps). With two blocks there are only four norms in the gradient's way,
 # and the stream cannot grow. The difference comes with depth: GPT-2 and nearly all large models after it have their
 # norms before.

@@ -287,7 +287,7 @@ for name, dropout, decay in ("neither", 0.0, 0.0), ("weight decay 1", 0.0, 1.0),
 #
 # Among all matrices M that lengthen no vector, this is the one by which the loss falls fastest. A step against M lowers
 # it by the sum over j, k of G_jk M_jk = sum over i of s_i (u_i^T M v_i), in which no term can be larger than s_i; with
-# M = U V^T each is. The momentum takes the place of G, as in Adam.
+# M = U V^T each is as large as that. The momentum takes the place of G, as in Adam.
 #
 # U V^T is found without a decomposition. As U^T U = 1 and V^T V = 1, M M^T M = U S^3 V^T: products of M with itself act
 # on the singular values alone. So
@@ -332,9 +332,9 @@ print("three steps: Quire's Muon and these lines come to the same weights")
 # %% [markdown]
 # ## The run
 #
-# The whole text is two hundred times as long, and a model of this size does not learn it by heart in so few steps. So: no
-# dropout, a little weight decay, warm-up, cosine, clipping; Muon for the matrices of the blocks, AdamW (torch's, which
-# came to the same weights as ours) for the rest.
+# The whole text is two hundred times as long, and a model of this size does not learn it by heart in so few steps. So
+# there is no dropout, and a little weight decay; there are warm-up, cosine and clipping; Muon for the matrices of the
+# blocks, and AdamW (torch's, which came to the same weights as ours) for the rest.
 
 # %%
 torch.manual_seed(1)
