@@ -58,8 +58,8 @@ class Parameter:
         self.value -= rate * mean / (square.sqrt() + epsilon)
 
 
-# A layer is a function that returns its output y and the way back: a function from dy to dx, which on its way adds what
-# it finds to the gradients of the layer's parameters. What it needs of the way there stands in the variables around it.
+# A layer is a function that returns two things: its output y, and the way back, a function from dy to dx, which also
+# adds to the gradients of the layer's parameters. What it needs of the way there stands in the variables around it.
 # All of it is the chain rule: dx = sum over all y that depend on x of dy times the derivative of y by x.
 
 
@@ -123,7 +123,7 @@ def attention(qkv, heads):
         dw = dy @ v.transpose(-2, -1)
         # Softmax: the derivative of w_i by score j is w_i (1 if i = j else 0) - w_i w_j; what is hidden has w = 0.
         dscores = w * (dw - (w * dw).sum(-1, keepdim=True)) * scale
-        dq = dscores @ k  # S = Q K^T: dQ = dS K, dK = dS^T Q
+        dq = dscores @ k  # S = Q K^T (scale is in dS already): dQ = dS K, dK = dS^T Q
         dk = dscores.transpose(-2, -1) @ q
         return torch.stack((dq, dk, dv)).permute(1, 3, 0, 2, 4).flatten(2)  # as qkv lay
 
@@ -176,7 +176,7 @@ class GPT:
         self.context_length, self.heads, C = context_length, heads, embedding_size
         self.characters = Parameter(torch.randn(vocabulary_size, C) * 0.02)
         self.places = Parameter(torch.randn(context_length, C) * 0.02)
-        small = 0.02 / math.sqrt(2 * layers)  # of what is added to the stream, which so does not grow with depth
+        small = 0.02 / math.sqrt(2 * layers)  # for what is added to the stream, lest a deep model's stream grow large
         self.blocks = [
             {"norm 1": pair(C), "qkv": pair(C, 3 * C), "out": pair(C, C, deviation=small),
              "norm 2": pair(C), "up": pair(C, 4 * C), "down": pair(4 * C, C, deviation=small)}
@@ -200,8 +200,8 @@ class GPT:
             dx = norm_back(dlogits @ E.value)
             for block_back in reversed(backs):
                 dx = block_back(dx)
-            E.grad.index_add_(0, inputs.flatten(), dx.flatten(0, 1))  # a character's row is read wherever it stands:
-            P.grad[:T] += dx.sum(0)  # the gradients of these places add up. A place's row is read by the whole batch.
+            E.grad.index_add_(0, inputs.flatten(), dx.flatten(0, 1))  # a character that stands in many places: the sum
+            P.grad[:T] += dx.sum(0)  # a place's row was read by every window of the batch: the sum again
 
         return x @ E.value.T, back  # logits: how alike x is to each character's row
 

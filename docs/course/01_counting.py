@@ -10,7 +10,7 @@
 #
 # | symbol | meaning |
 # |---|---|
-# | V | vocabulary: how many different tokens there are |
+# | V | vocabulary size: how many different tokens there are |
 # | N | how many pairs of neighbours the text has |
 # | n(a, b) | how often b comes right after a |
 # | p(b given a) | the probability that b comes next after a |

@@ -16,7 +16,8 @@
 # | W (V, V) | the weights, which are learned |
 # | Z (N, V) | logits: a number for each token that could follow |
 # | P (N, V) | probabilities |
-# | dW, dZ | short for dL/dW, dL/dZ: how the loss L changes with each of these numbers |
+# | L | the loss |
+# | dX | short for dL/dX: the gradient of the loss by X, of the same shape as X |
 
 # %%
 import math
@@ -85,8 +86,8 @@ assert math.isclose(L.item(), math.log(V))
 #
 #     dL/dz_j = p_j - [j is b]
 #
-# which is: the probability that the model gave, minus what it should have given, 1 for the token that came and 0 for
-# the others. For the mean of N pairs, divide by N.
+# where [j is b] is 1 if j = b, else 0: the probability that the model gave, minus what it should have given. For the
+# mean of N pairs, divide by N.
 #
 # The second step goes through Z = X W. The weight W_ij enters only column j of Z, and there it is multiplied by X_ni:
 #
@@ -149,12 +150,21 @@ print("Linear on one-hot rows and Embedding on ids: the same loss, the same grad
 #
 #     dL/dW_aj = 1/N * (n(a) p(j given a) - n(a, j)) = n(a)/N * (p(j given a) - n(a, j) / n(a))
 #
-# It is 0 exactly when p(j given a) = n(a, j) / n(a): the table of counts. And the loss has no other valley to end in,
-# since it is convex in W. So descent must come to where counting came.
+# It is 0 exactly when p(j given a) = n(a, j) / n(a): the table of counts. The factor n(a)/N says how fast a row gets
+# there: that of a rare character hardly moves, which is why the learning rate below looks large.
 #
-# The factor n(a)/N says how fast: the row of a rare character hardly moves. That is why the learning rate below looks
-# large. It may not be larger than about 2 / curvature, and the curvature of row a is at most n(a)/N * 1/2; the space,
-# the most frequent character, bounds it.
+# Can descent end elsewhere, and how large may the learning rate be? Both are questions about the second derivatives of
+# the loss. For row a they are n(a)/N dp_i/dz_j, and chapter 3 derives dp_i/dz_j = p_i ([i is j] - p_j). Along a
+# direction v of length 1 the loss therefore curves by n(a)/N times
+#
+#     sum over i, j of v_i dp_i/dz_j v_j = sum over i of p_i v_i^2 - (sum over i of p_i v_i)^2
+#
+# which is the variance of v_i when i is drawn from p. It is never negative: the loss has one valley only. And it is at
+# most 1/2, for numbers from a smallest v_i to a largest v_j have a variance of at most (v_i - v_j)^2 / 4, and
+# (v_i - v_j)^2 is at most 2 (v_i^2 + v_j^2), hence 2.
+#
+# In a valley of curvature c, c x^2 / 2, a step takes x to x - rate * c x. That is nearer to the bottom only for a rate
+# below 2 / c. The largest n(a)/N is that of the space, the most frequent character.
 
 # %%
 share = (training == tokenizer.encode(" ")[0]).double().mean().item()
@@ -172,14 +182,14 @@ embedding = Embedding(V, V)
 nn.init.zeros_(embedding.weight)
 count = steps(3000, short=40)
 for step in range(count):
-    x, y = batch(256)  # (B, T): 16,384 pairs
+    tokens, targets = batch(256)  # (256, 64) each: 16,384 pairs
     with torch.no_grad(), recording(embedding), recording(cross_entropy):
-        L = cross_entropy(embedding(x), y)
+        loss = cross_entropy(embedding(tokens), targets)
         embedding.backward(cross_entropy.backward())
         embedding.weight -= learning_rate * embedding.weight.grad
         embedding.weight.grad = None
     if step % (count // 10) == 0:
-        print(f"step {step:5}   loss {L.item():.3f}")
+        print(f"step {step:5}   loss {loss.item():.3f}")
 
 # %% [markdown]
 # ## It ends where counting ended

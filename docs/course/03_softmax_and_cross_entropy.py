@@ -12,7 +12,7 @@
 # | t | target: the token that really came |
 # | q (V) | what p should have been: 1 at t, else 0 |
 # | L | loss, -log p_t |
-# | dz, dp | short for dL/dz, dL/dp |
+# | dx | gradient of the loss by x, of the same shape as x |
 # | [i is j] | 1 where i = j, else 0 |
 
 # %%
@@ -142,7 +142,7 @@ print("log of softmax:", -softmax(z32)[target].log().item(), "  log S - z_t:", c
 #
 # A nudge, (L(z + h) - L(z - h)) / 2h, is off by two things. The curve is not straight: an error of about h^2. And L is
 # a rounded number: an error of about 1e-16 / h in float64. A smaller h is better only down to where they meet, near the
-# cube root of 1e-16. So gradients are checked in float64, with h about 1e-5; in float32 the best is three digits.
+# cube root of 1e-16. So gradients are checked in float64, with h about 1e-5; in float32 four digits are the best.
 
 # %%
 unit = torch.eye(5, dtype=z.dtype)[t]
@@ -159,8 +159,8 @@ for exponent in range(-1, -12, -2):
 # ## Quire's CrossEntropy
 #
 # The layer takes many predictions at once and gives their mean, so each row's gradient is divided by how many count.
-# A target that is IGNORED does not count, which padding needs. Automatic differentiation is asked here for a second
-# opinion.
+# A target that is IGNORED does not count, which padding needs. PyTorch's automatic differentiation, autograd, is asked
+# here for a second opinion.
 
 # %%
 logits = torch.randn(4, 6, dtype=torch.float64)
@@ -177,7 +177,7 @@ assert torch.equal(gradient[2], torch.zeros(6, dtype=torch.float64))
 asked = logits.clone().requires_grad_()
 torch.nn.functional.cross_entropy(asked, targets, ignore_index=IGNORED).backward()
 assert torch.allclose(gradient, asked.grad)
-print("by hand, Quire's layer, automatic differentiation: the same")
+print("by hand, Quire's layer, autograd: the same")
 
 # %% [markdown]
 # ## Training: more than one character, still linear
@@ -202,12 +202,12 @@ class Tables(Layer):
         self.tables = nn.ModuleList(Embedding(V, V) for _ in range(k))
         self.cross_entropy = CrossEntropy()
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Characters (B, T) give logits (B, T, V), or the loss where the next characters y (B, T) are given."""
-        length = x.shape[1]
-        moved = pad(x, (len(self.tables), 0))  # before a window there is padding, which has a row of its own, 0
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Tokens (B, T) give logits (B, T, V), or the loss where the tokens that follow are given, targets (B, T)."""
+        length = tokens.shape[1]
+        moved = pad(tokens, (len(self.tables), 0))  # before a window there is padding, which has a row of its own, 0
         z = sum(table(moved[:, -length - i :][:, :length]) for i, table in enumerate(self.tables))
-        return z if y is None else self.cross_entropy(z, y)
+        return z if targets is None else self.cross_entropy(z, targets)
 
     def backward(self) -> None:
         dz = self.cross_entropy.backward()  # (B, T, V): p - q, divided by how many there are
@@ -218,15 +218,15 @@ class Tables(Layer):
 model, learning_rate = Tables(k=6), 5.0
 count = steps(1500, short=60)
 for step in range(count):
-    x, y = batch(64)
+    tokens, targets = batch(64)
     with torch.no_grad(), recording(model):
-        L = model(x, y)
+        loss = model(tokens, targets)
         model.backward()
         for weight in model.parameters():
             weight -= learning_rate * weight.grad
             weight.grad = None
     if step % (count // 10) == 0:
-        print(f"step {step:5}   loss {L.item():.3f}")
+        print(f"step {step:5}   loss {loss.item():.3f}")
 
 # %%
 loss = measure(model)

@@ -9,14 +9,14 @@
 #
 # | symbol | meaning |
 # |---|---|
-# | B, T | batch: windows at once; time: places in a window |
+# | B, T | batch, time: windows at once, and characters in each |
 # | V | vocabulary size |
 # | n | characters of context |
 # | D | size of a character's vector |
 # | H | size of the hidden layer |
 # | N | predictions at once, B T |
 # | E (V, D) | the embedding: a vector for each character |
-# | dE, dx, ... | gradients of the loss by E, x, ... |
+# | dx | gradient of the loss by x, of the same shape as x |
 
 # %%
 import torch
@@ -38,7 +38,8 @@ torch.manual_seed(1)
 #     ids (N, n)  ->  x = the n vectors, side by side (N, n D)  ->  a = x W1^T + b1  (N, H)
 #                 ->  r = max(0, a)  ->  z = r W2^T + b2  (N, V)  ->  softmax, loss
 #
-# Without the bend, max(0, a), the two matrices would multiply to one, and all would be a linear model again.
+# Without the bend, max(0, a), called ReLU, the two matrices would multiply to one, and all would be a linear model
+# again.
 
 # %%
 n, D, H, N = 3, 4, 5, 8
@@ -68,11 +69,11 @@ dz[torch.arange(N), targets] -= 1
 dz /= N
 
 # %% [markdown]
-# **A linear layer**, z = r W^T + b. In numbers, z_nj = sum over i of r_ni W_ji + b_j. Each of r, W, b has its turn:
+# **A linear layer**, z = r W^T + b. For row m, z_mj = sum over i of r_mi W_ji + b_j. Each of r, W, b has its turn:
 #
-#     dL/dW_ji = sum over n of dz_nj r_ni    that is   dW = dz^T r     (all rows that W was used on add up)
-#     dL/db_j  = sum over n of dz_nj
-#     dL/dr_ni = sum over j of dz_nj W_ji    that is   dr = dz W       (all outputs that r_i went to add up)
+#     dL/dW_ji = sum over m of dz_mj r_mi    that is   dW = dz^T r     (all rows that W was used on add up)
+#     dL/db_j  = sum over m of dz_mj         that is   db = the sum of dz's rows
+#     dL/dr_mi = sum over j of dz_mj W_ji    that is   dr = dz W       (all outputs that r_mi went to add up)
 #
 # The shapes alone leave no other choice: dW must be shaped like W, dr like r.
 
@@ -143,8 +144,9 @@ print("five gradients by hand, and the same from Quire's layers")
 # Every place of a window has its own context, the n characters up to it. At the beginning of a window some are missing;
 # there stands padding, id 0, whose vector is learned like any other. So a batch of B windows has N = B T predictions.
 #
-# Weights begin at random. A sum of m products of numbers of size 1 with weights of size s has the size s sqrt(m), so
-# s = 1/sqrt(m) keeps it at 1; the bend loses half of the square, hence sqrt(2/m) before it (He et al. 2015).
+# Weights begin at random. A sum of m products of numbers of size 1 with random weights of size s, of either sign, has
+# the size s sqrt(m) (chapter 10 derives it), so s = 1/sqrt(m) keeps it at 1. The bend cuts half of the numbers to 0,
+# and with them half of the mean square: hence sqrt(2/m) before it (He et al. 2015).
 
 
 # %%
@@ -159,12 +161,12 @@ class Bengio(Layer):
         nn.init.normal_(self.embedding.weight, std=1.0)
         nn.init.normal_(self.first.weight, std=(2 / (n * size)) ** 0.5)
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Characters (B, T) give logits (B, T, V), or the loss where the next characters y (B, T) are given."""
-        contexts = pad(x, (self.n - 1, 0)).unfold(1, self.n, 1)  # (B, T, n)
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Tokens (B, T) give logits (B, T, V), or the loss where the tokens that follow are given, targets (B, T)."""
+        contexts = pad(tokens, (self.n - 1, 0)).unfold(1, self.n, 1)  # (B, T, n)
         vectors = self.embedding(contexts).flatten(2)  # (B, T, n D)
         z = self.second(self.bend(self.first(vectors)))
-        return z if y is None else self.cross_entropy(z, y)
+        return z if targets is None else self.cross_entropy(z, targets)
 
     def backward(self) -> None:
         dz = self.cross_entropy.backward()
@@ -190,25 +192,23 @@ weights = list(model.parameters())
 velocities = [torch.zeros_like(weight) for weight in weights]
 count = steps(1500)
 for step in range(count):
-    x, y = batch(32)
+    tokens, targets = batch(32)
     learning_rate = 0.2 * (1 - step / count)
     with torch.no_grad(), recording(model):
-        L = model(x, y)
+        loss = model(tokens, targets)
         model.backward()
         for weight, v in zip(weights, velocities):
             v.mul_(0.9).add_(weight.grad)
             weight -= learning_rate * v
             weight.grad = None
     if step % (count // 10) == 0:
-        print(f"step {step:5}   loss {L.item():.3f}")
+        print(f"step {step:5}   loss {loss.item():.3f}")
 
 # %%
 loss = measure(model)
 print(write(model))
 print(f"held-out loss: a sum of 6 tables 2.234, this model with {context} characters {loss:.3f} nats per character")
-print(
-    f"{sum(w.numel() for w in weights):,} weights; a table for {context} characters would have {V ** (context + 1):.0e}"
-)
+print(f"{sum(w.numel() for w in weights):,} weights; a table for {context} characters has {V ** (context + 1):.0e}")
 
 # %% [markdown]
 # That is a large step from the sum of tables, though not yet below the best table of counts of chapter 1, 1.773 for

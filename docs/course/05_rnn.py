@@ -8,13 +8,13 @@
 #
 # | symbol | meaning |
 # |---|---|
-# | B, T | batch; time: steps that are read |
-# | C | size of the input x_t, a character's vector |
+# | B, T | batch, time: windows at once, and characters in each, which are read one after another |
+# | C | size of an input x_t, a character's vector |
 # | H | size of the state h_t |
 # | V | vocabulary size |
 # | W (H, C), U (H, H), b (H) | weights for the input, for the state before, and a bias |
 # | s_t | the sum before the bend |
-# | dh_t, ds_t, dW, ... | gradients of the loss |
+# | dx | gradient of the loss by x, of the same shape as x |
 
 # %%
 import torch
@@ -165,9 +165,11 @@ def clip(weights: list[nn.Parameter], c: float) -> float:
     return length
 
 
-weight = nn.Parameter(torch.zeros(2))
-weight.grad = torch.tensor([30.0, 40.0])
+weight, copied = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+weight.grad, copied.grad = torch.tensor([30.0, 40.0]), torch.tensor([30.0, 40.0])
 print(f"clipped: a gradient of length {clip([weight], 5.0):.0f} has become {weight.grad.tolist()}")
+nn.utils.clip_grad_norm_([copied], 5.0)  # torch has it too, and later chapters take it from there
+assert torch.allclose(weight.grad, copied.grad)
 
 
 # %% [markdown]
@@ -186,10 +188,10 @@ class Recurrent(Layer):
         self.head, self.cross_entropy = Linear(hidden, V), CrossEntropy()
         nn.init.normal_(self.embedding.weight, std=1.0)
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Characters (B, T) give logits (B, T, V), or the loss where the next characters y (B, T) are given."""
-        z = self.head(self.rnn(self.embedding(x)))
-        return z if y is None else self.cross_entropy(z, y)
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Tokens (B, T) give logits (B, T, V), or the loss where the tokens that follow are given, targets (B, T)."""
+        z = self.head(self.rnn(self.embedding(tokens)))
+        return z if targets is None else self.cross_entropy(z, targets)
 
     def backward(self) -> None:
         dh = self.head.backward(self.cross_entropy.backward())
@@ -203,7 +205,7 @@ class Recurrent(Layer):
 # and no further, which is called truncated backpropagation through time.
 #
 # From here on the steps are made by Adam (Kingma and Ba 2015), which gives each weight a learning rate of its own:
-# chapter 10 writes it out. It reads `.grad`, and does not care who filled it.
+# chapter 10 writes it out. It reads `.grad`, and does not care who filled it in.
 
 # %%
 length = T
@@ -212,17 +214,16 @@ weights = list(model.parameters())
 adam = torch.optim.Adam(weights)
 count, cut = steps(1500), 0
 for step in range(count):
-    x, y = batch(16, length)
+    tokens, targets = batch(16, length)
     with torch.no_grad(), recording(model):
-        L = model(x, y)
+        loss = model(tokens, targets)
         model.backward()
     cut += clip(weights, 1.0) > 1.0
-    for group in adam.param_groups:
-        group["lr"] = 0.003 * (1 - step / count)
+    adam.param_groups[0]["lr"] = 0.003 * (1 - step / count)
     adam.step()
     adam.zero_grad()
     if step % (count // 10) == 0:
-        print(f"step {step:5}   loss {L.item():.3f}")
+        print(f"step {step:5}   loss {loss.item():.3f}")
 print(f"the gradient was longer than 1 and shortened in {cut} of {count} steps")
 
 # %%

@@ -7,14 +7,18 @@
 #
 # | symbol | meaning |
 # |---|---|
-# | B, T, C, H, V | batch, time, size of an input, size of a state, vocabulary size, as in chapter 5 |
+# | B, T | batch, time: windows at once, and characters in each, which are read one after another |
+# | C | size of an input x_t, a character's vector |
+# | V | vocabulary size |
+# | H | size of the cell and of the state |
 # | c_t (H) | the cell: what is remembered |
 # | h_t (H) | the state: what is shown of it |
 # | i, f, o (H) | gates, between 0 and 1: input, forget, output |
 # | g (H) | what could be written, between -1 and 1 |
 # | s (4 H) | the four sums before the bends, in Quire's and torch's order i, f, g, o |
 # | W (4 H, C), U (4 H, H), b (4 H) | their weights, below each other |
-# | x y | of two vectors: element by element |
+# | f c | a product of two vectors is taken element by element |
+# | dx | gradient of the loss by x, of the same shape as x |
 
 # %%
 import torch
@@ -43,7 +47,7 @@ double = torch.float64
 
 
 # %%
-def step(s: Tensor, c_before: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def forward_step(s: Tensor, c_before: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """The next h and c from the sums s (B, 4 H); and what the gradient will need."""
     i, f, g, o = s.chunk(4, dim=1)
     i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
@@ -57,7 +61,7 @@ def forward(x: Tensor, W: Tensor, U: Tensor, b: Tensor) -> tuple[Tensor, list[tu
     h = c = x.new_zeros(len(x), U.shape[1])
     states, kept = [], []
     for t in range(x.shape[1]):
-        h, c, needed = step(x[:, t] @ W.T + h @ U.T + b, c)
+        h, c, needed = forward_step(x[:, t] @ W.T + h @ U.T + b, c)
         states.append(h)
         kept.append(needed)
     return torch.stack(states, dim=1), kept
@@ -68,14 +72,14 @@ def forward(x: Tensor, W: Tensor, U: Tensor, b: Tensor) -> tuple[Tensor, list[tu
 #
 # At a step, dh has come from what was predicted and from the next step, and dc from the next step alone.
 #
-# Through **h = o tanh(c)**. A product hands each factor the gradient times the other factor. The cell thereby acts in
-# two ways, here and in the next step, so its gradients add:
+# Through **h_t = o tanh(c_t)**. A product hands each factor the gradient times the other factor. The cell thereby acts
+# in two ways, here and in the next step, so its gradients add:
 #
-#     do = dh tanh(c)          dc = dc + dh o (1 - tanh(c)^2)
+#     do = dh tanh(c_t)        dc_t = (what came from the next step) + dh o (1 - tanh(c_t)^2)
 #
-# Through **c = f c_(t-1) + i g**, two products and a sum:
+# Through **c_t = f c_(t-1) + i g**, two products and a sum:
 #
-#     df = dc c_(t-1)     dc_(t-1) = dc f     di = dc g     dg = dc i
+#     df = dc_t c_(t-1)     dc_(t-1) = dc_t f     di = dc_t g     dg = dc_t i
 #
 # Through the **bends**. tanh' = 1 - tanh^2. For sigmoid, the derivative of (1 + e^-s)^-1 is
 #
@@ -87,7 +91,7 @@ def forward(x: Tensor, W: Tensor, U: Tensor, b: Tensor) -> tuple[Tensor, list[tu
 
 
 # %%
-def step_back(dh: Tensor, dc: Tensor, kept: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def backward_step(dh: Tensor, dc: Tensor, kept: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """ds (B, 4 H), and the gradient by the cell before."""
     i, f, g, o, c_before, shown = kept
     do = dh * shown
@@ -104,7 +108,7 @@ def backward(
     from_later = dc = torch.zeros_like(grad[:, 0])
     rows = []
     for t in reversed(range(x.shape[1])):
-        ds, dc = step_back(grad[:, t] + from_later, dc, kept[t])
+        ds, dc = backward_step(grad[:, t] + from_later, dc, kept[t])
         from_later = ds @ U
         rows.append(ds)
     ds = torch.stack(rows[::-1], dim=1)  # (B, T, 4 H)
@@ -166,7 +170,7 @@ for bias in 0.0, 1.0, 3.0, 6.0:
     dh, dc, lengths = torch.randn(1, H, dtype=double), torch.zeros(1, H, dtype=double), []
     for needed in reversed(kept):
         lengths.append(torch.cat((dh, dc)).norm().item())
-        ds, dc = step_back(dh, dc, needed)
+        ds, dc = backward_step(dh, dc, needed)
         dh = ds @ U
     print(f"forget bias {bias:3.1f}    " + "".join(f"{lengths[k] / lengths[0]:10.1e}" for k in distances))
 
@@ -175,8 +179,7 @@ for bias in 0.0, 1.0, 3.0, 6.0:
 # steps back, gates at 1/2 leave less than a millionth of the gradient, a bias of 1 leaves a hundredth, and open gates
 # keep it. (That it grows again is what comes in by way of the gates.) In chapter 5 keeping it took a U on a knife's
 # edge; here it takes a bias.
-
-# %% [markdown]
+#
 # ## The model
 #
 # Chapter 5's, with another layer in the middle: one line differs.
@@ -192,10 +195,10 @@ class Recurrent(Layer):
         self.head, self.cross_entropy = Linear(hidden, V), CrossEntropy()
         nn.init.normal_(self.embedding.weight, std=1.0)
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Characters (B, T) give logits (B, T, V), or the loss where the next characters y (B, T) are given."""
-        z = self.head(self.lstm(self.embedding(x)))
-        return z if y is None else self.cross_entropy(z, y)
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Tokens (B, T) give logits (B, T, V), or the loss where the tokens that follow are given, targets (B, T)."""
+        z = self.head(self.lstm(self.embedding(tokens)))
+        return z if targets is None else self.cross_entropy(z, targets)
 
     def backward(self) -> None:
         dh = self.head.backward(self.cross_entropy.backward())
@@ -212,18 +215,17 @@ nn.init.constant_(model.lstm.bias_ih_l0.detach()[128 : 2 * 128], forget_bias)
 weights = list(model.parameters())
 adam = torch.optim.Adam(weights)
 count = steps(1500)
-for step_number in range(count):
-    x, y = batch(16)
+for step in range(count):
+    tokens, targets = batch(16)
     with torch.no_grad(), recording(model):
-        L = model(x, y)
+        loss = model(tokens, targets)
         model.backward()
     nn.utils.clip_grad_norm_(weights, 1.0)  # as written out in chapter 5
-    for group in adam.param_groups:
-        group["lr"] = 0.01 * (1 - step_number / count)
+    adam.param_groups[0]["lr"] = 0.01 * (1 - step / count)
     adam.step()
     adam.zero_grad()
-    if step_number % (count // 10) == 0:
-        print(f"step {step_number:5}   loss {L.item():.3f}")
+    if step % (count // 10) == 0:
+        print(f"step {step:5}   loss {loss.item():.3f}")
 
 # %%
 loss = measure(model)

@@ -12,10 +12,11 @@
 #
 # | symbol | meaning |
 # |---|---|
-# | B, T | windows in a batch, positions in a window |
+# | B, T | batch, time: windows at once, and positions (a character each) in a window |
+# | V | vocabulary size |
 # | C | channels: how many numbers stand for one position |
 # | D | size of a query and of a key; here D = C |
-# | Q, K, V | queries, keys and values, each (T, D): one row a position. In code `value`, for V is the vocabulary |
+# | Q, K, V | queries, keys and values, each (T, D): one row a position. In code `value`, for V is taken |
 # | S, W | scores and weights, each (T, T): row t says how position t looks at each position s |
 # | dX | gradient of the loss by X, of the same shape as X |
 
@@ -122,7 +123,8 @@ assert torch.equal(y[:-10], y_changed[:-10]) and not torch.allclose(y[-10:], y_c
 #
 # Divided by sqrt(D), scores have a deviation of 1 at any size. Without it, softmax of large scores puts nearly all
 # weight on one position. That alone would be no harm, if the model had chosen it. But the derivative of softmax goes
-# to 0 there (below: it has a factor W (1 - W)), so a random first choice could hardly be unlearned.
+# to 0 there (chapter 3: dw_s/dS_r = w_s ([s is r] - w_r), where one w is 1 and the others 0), so a random first choice
+# could hardly be unlearned.
 
 # %%
 print("       scores not divided                       divided by sqrt(D)")
@@ -146,20 +148,13 @@ for D in 4, 16, 64, 256, 1024:
 #
 #     dW = dY V^T        dV = W^T dY
 #
-# Through softmax, one row at a time. With w_s = e^(S_s) / sum of e^(S_r), the quotient rule gives
+# Through softmax, one row at a time, by the line that chapter 3 derived:
 #
-#     dw_s / dS_r = w_s (1 - w_s)   where s = r
-#                 = -w_s w_r        where not
+#     dS_r = w_r (dW_r - sum over s of w_s dW_s),   for all rows at once   dS = W * (dW - sum of W * dW over the row)
 #
-# Both are w_s ([s = r] - w_r). The chain rule sums over everything that S_r had a part in, which is the whole row:
-#
-#     dS_r = sum over s of dW_s w_s ([s = r] - w_r)
-#          = w_r dW_r - w_r (sum over s of w_s dW_s)
-#          = w_r (dW_r - sum over s of w_s dW_s)
-#
-# In words: where a value raises the loss more than the mixture does, the gradient of its score is positive, and descent
-# lowers the score. A hidden place has w = 0, hence a gradient of 0, and needs no case of its own. For all rows
-# together: dS = W * (dW - sum of W dW over the row).
+# where * multiplies element by element. In words: where a value raises the loss more than the mixture does, the
+# gradient of its score is positive, and descent lowers the score. A hidden place has w = 0, hence a gradient of 0, and
+# needs no case of its own.
 #
 # Through S = Q K^T / sqrt(D):
 #
@@ -219,15 +214,14 @@ assert torch.allclose(y_shuffled[-1], y[-1])
 #
 #     P(t) . P(s) = sum over i of cos((t - s) f_i)
 #
-# depends on the *distance* t - s alone: a query that contains P(t) can ask for "three places before me".
+# depends on the *distance* t - s alone. A query that contains P(t) can ask for "three places before me": to turn each
+# pair of channels by the angle -3 f_i is a linear map, and it makes P(t - 3) of P(t).
 
 # %%
 P = SinusoidalPositions(C)(torch.arange(T))  # (T, C)
 products = P @ P.T
 assert torch.allclose(products.diagonal(-3), products[3, 0].expand(T - 3), atol=1e-4)
-print(
-    "P(t) . P(t - d) for d = 0, 1, 2, 4, 8, 16:", [round(float(products[40, 40 - d]), 1) for d in (0, 1, 2, 4, 8, 16)]
-)
+print("P(t) . P(t - d):", {d: round(float(products[40, 40 - d]), 1) for d in (0, 1, 2, 4, 8, 16)})
 
 y_placed, _ = attend((x + P) @ Wq.T, (x + P) @ Wk.T, (x + P) @ Wv.T)
 y_shuffled, _ = attend((shuffled + P) @ Wq.T, (shuffled + P) @ Wk.T, (shuffled + P) @ Wv.T)
@@ -235,12 +229,13 @@ assert not torch.allclose(y_shuffled[-1], y_placed[-1], atol=0.01)
 
 # %% [markdown]
 # There is another way to the same end, which most models use today: not to add a place, but to *turn* query and key by
-# an angle that grows with it (Su et al. 2021). Read two channels as one complex number. Turning is multiplying by e^(i
-# t f), and of a product of a turned q with a turned, conjugated k
+# an angle that grows with it (Su et al. 2021). Read two channels as one complex number. Turning by an angle a is
+# multiplying by e^(i a), i being the imaginary unit, and the dot product of two such pairs is the real part of q k*,
+# where k* is the conjugate. Of the turned ones
 #
 #     q e^(i t f) (k e^(i s f))* = q k* e^(i (t - s) f)
 #
-# again the distance alone is left. Here are one query and one key, put into every place:
+# and again the distance alone is left. Here are one query and one key, put into every place:
 
 # %%
 pairs = C // 2
@@ -272,7 +267,7 @@ assert torch.allclose(products, by_quire, atol=1e-3)
 
 # %%
 class Looker(Layer):
-    """Characters (B, T) in; logits (B, T, V) of the next ones out."""
+    """Characters embedded, one attention, and logits."""
 
     def __init__(self, knows_order: bool) -> None:
         super().__init__()
@@ -280,42 +275,44 @@ class Looker(Layer):
         self.positions = LearnedPositions(T, C) if knows_order else None
         self.attention = MultiHeadAttention(C, heads=1, kv_heads=1, head_size=C)
         self.head = Linear(C, V)
-        self.loss = CrossEntropy()
+        self.cross_entropy = CrossEntropy()
         for module in self.modules():  # so that what comes out is about as large as what went in: see chapter 10
             if isinstance(module, Embedding):
                 nn.init.normal_(module.weight)
             elif isinstance(module, Linear):
                 nn.init.normal_(module.weight, std=C**-0.5)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Tokens (B, T) give logits (B, T, V), or the loss where the tokens that follow are given, targets (B, T)."""
         x = self.token_embedding(tokens)  # (B, T, C)
         if self.positions is not None:
             x = x + self.positions(torch.arange(tokens.shape[1]))
         sees = visible(tokens.shape[1])  # (T, T)
         x = x + self.attention(x, None, sees)
-        return self.head(x)
+        z = self.head(x)
+        return z if targets is None else self.cross_entropy(z, targets)
 
-    def backward(self, grad: Tensor) -> None:
-        grad = self.head.backward(grad)
-        grad = grad + self.attention.backward(grad)
+    def backward(self) -> None:
+        dx = self.head.backward(self.cross_entropy.backward())
+        dx = dx + self.attention.backward(dx)
         if self.positions is not None:
-            self.positions.backward(grad.sum(0))  # one row of positions served all B windows
-        self.token_embedding.backward(grad)
+            self.positions.backward(dx.sum(0))  # one row of positions served all B windows
+        self.token_embedding.backward(dx)
 
 
 def train(model: Looker, count: int) -> float:
-    """The held-out loss after so many steps. No autograd: the gradients are those of the backward passes."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.005)  # chapter 10 derives it
+    """Train so many steps; gives the held-out loss."""
+    adam = torch.optim.Adam(model.parameters())
     for step in range(count):
-        optimizer.param_groups[0]["lr"] = 0.005 * (1 - step / count)
         tokens, targets = batch(32)
-        optimizer.zero_grad()
         with torch.no_grad(), recording(model):
-            loss = model.loss(model(tokens), targets)
-            model.backward(model.loss.backward())
-        optimizer.step()
-        if step % max(1, count // 4) == 0:
-            print(f"  step {step:>4}  loss {loss.item():.3f}")
+            loss = model(tokens, targets)
+            model.backward()
+        adam.param_groups[0]["lr"] = 0.005 * (1 - step / count)
+        adam.step()
+        adam.zero_grad()
+        if step % (count // 10) == 0:
+            print(f"step {step:5}   loss {loss.item():.3f}")
     return measure(model)
 
 
@@ -324,15 +321,15 @@ unordered = train(Looker(knows_order=False), steps(400))
 print("attention with positions:")
 model = Looker(knows_order=True)
 loss = train(model, steps(1000))
-print(f"held-out loss: {unordered:.3f} without positions, {loss:.3f} with them")
+
+# %%
 print(write(model))
+print(f"held-out loss: {unordered:.3f} without positions, {loss:.3f} with them, nats per character")
 
 # %% [markdown]
 # Two words or three look English now, names stand in capitals and are followed by a colon. The loss is above that of
 # chapter 1's longer strings: one look back, added to one letter, is little to decide on. More looks (chapter 8) and
 # something that works on what they found (chapter 9) come next.
-#
-# **Held-out loss of this chapter: 2.240 nats per character.**
 #
 # ## Experiment
 #

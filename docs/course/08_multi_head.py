@@ -8,7 +8,9 @@
 #
 # | symbol | meaning |
 # |---|---|
-# | B, T, C | windows, positions, channels |
+# | B, T | batch, time: windows at once, and positions in a window |
+# | V | vocabulary size |
+# | C | channels: how many numbers stand for one position |
 # | H, D | heads, and the size of each head's queries, keys and values; here H D = C |
 # | K | heads of keys and values; K = H unless said otherwise |
 # | Wq, Wk, Wv, Wo | the maps to queries, keys and values, and the one from all heads back to C channels |
@@ -152,7 +154,8 @@ for name, theirs in zip(maps, by_autograd[1:]):
 # %% [markdown]
 # ## Aside: fewer keys and values
 #
-# A model that writes keeps the keys and values of all that it has read (chapter 11): 2 C numbers a position and layer.
+# A model that writes keeps the keys and values of all that it has read (chapter 11): 2 C numbers for each position and
+# layer.
 # Several query heads may share one head of keys and values (Shazeer 2019 with K = 1; Ainslie et al. 2023 with any K
 # that divides H). The cache is then K/H of its size. Forward, each shared head is repeated for its group of H/K
 # queries; backward, what was used several times receives the sum of its gradients. These are two lines more:
@@ -201,21 +204,23 @@ def build() -> Stack:
 
 
 model = build()
-optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
+adam = torch.optim.Adam(model.parameters())
 count = steps(1000)
 for step in range(count):
-    optimizer.param_groups[0]["lr"] = 0.005 * (1 - step / count)
     tokens, targets = batch(32)
-    optimizer.zero_grad()
     with torch.no_grad(), recording(model):
         loss = model(tokens, targets)
         model.backward()
-    optimizer.step()
-    if step % max(1, count // 4) == 0:
-        print(f"step {step:>4}  loss {loss.item():.3f}")
+    adam.param_groups[0]["lr"] = 0.005 * (1 - step / count)
+    adam.step()
+    adam.zero_grad()
+    if step % (count // 10) == 0:
+        print(f"step {step:5}   loss {loss.item():.3f}")
+
+# %%
 loss = measure(model)
-print(f"held-out loss with {heads} heads: {loss:.3f}; chapter 7 had 2.240 with one")
 print(write(model))
+print(f"held-out loss: one head 2.240, {heads} heads {loss:.3f} nats per character")
 
 # %% [markdown]
 # ## What the heads look at
@@ -264,8 +269,6 @@ for h in range(heads):
 # The heads differ, although nothing told them to. In the full run, heads 0 and 1 look at the last few characters, with
 # a low entropy: they give the short context that chapter 1 counted. Heads 2 and 3 look further and wider. After "th",
 # head 1 takes all of the "t", head 0 the space before it, which says that "th" begins a word.
-#
-# **Held-out loss of this chapter: 2.182 nats per character**, where one head of the same total size reached 2.240.
 #
 # ## Experiment
 #

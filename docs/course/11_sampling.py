@@ -7,7 +7,8 @@
 #
 # | symbol | meaning |
 # |---|---|
-# | V | vocabulary |
+# | B, T | batch, time: windows at once, and positions in a window |
+# | V | vocabulary size |
 # | z, p | logits (V), and the probabilities softmax(z) |
 # | t | temperature |
 # | k, P | how many tokens, or how much probability, may be drawn from |
@@ -45,21 +46,23 @@ settings = GPTSettings(
 )
 model = GPT(settings)
 torch.nn.init.normal_(model.token_embedding.weight, std=0.3)
-optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
+adamw = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
 count = steps(1000)
 for step in range(count):
-    inputs, targets = batch(16)
-    optimizer.zero_grad()
-    loss = ENGINES["manual"].backpropagate(model, Batch(inputs, targets, targets.numel()), 1.0)
+    tokens, targets = batch(16)
+    loss = ENGINES["manual"].backpropagate(model, Batch(tokens, targets, targets.numel()), 1.0)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.param_groups[0]["lr"] = 0.006 * warmed_up(cosine, step, count // 20, step / count, 0.05, 0.0)
-    optimizer.step()
-    if step % max(1, count // 5) == 0:
-        print(f"step {step:>4}  loss {loss.item():.3f}")
-loss = measure(model)
-print(f"held-out loss: {loss:.3f} nats per character")
+    adamw.param_groups[0]["lr"] = 0.006 * warmed_up(cosine, step, count // 20, step / count, 0.05, 0.0)
+    adamw.step()
+    adamw.zero_grad()
+    if step % (count // 10) == 0:
+        print(f"step {step:5}   loss {loss.item():.3f}")
 model.eval()
 torch.set_grad_enabled(False)  # nothing is trained below
+
+# %%
+loss = measure(model)
+print(f"held-out loss: {loss:.3f} nats per character")
 
 # %% [markdown]
 # ## What bits per byte mean
@@ -178,8 +181,8 @@ def beam_search(start: list[int], n: int, K: int) -> tuple[float, list[int]]:
     """The likeliest text of n tokens after `start` that K beams find, with its log-probability."""
     sums, texts = torch.zeros(1), [start]
     for _ in range(n):
-        steps_ = torch.log_softmax(model(torch.tensor([text[-T:] for text in texts]))[:, -1], dim=-1)  # (K, V)
-        best = (sums.unsqueeze(1) + steps_).flatten().topk(min(K, len(texts) * V))
+        log_p = torch.log_softmax(model(torch.tensor([text[-T:] for text in texts]))[:, -1], dim=-1)  # (K, V)
+        best = (sums.unsqueeze(1) + log_p).flatten().topk(min(K, len(texts) * V))
         texts = [[*texts[i // V], i % V] for i in best.indices.tolist()]
         sums = best.values
     return sums[0].item(), texts[0][len(start) :]
@@ -281,8 +284,6 @@ print(f"[{len(words)} words, {len(set(words))} of them different]")
 # So far this model comes, in about a minute on one core: lines, speakers, words that mostly exist, sentences that mean
 # nothing. Nothing else has to change for a better one. A larger model, more text and more time give it, and `quire
 # train` is this course in one command.
-#
-# **Held-out loss of this chapter's model: 1.858 nats per character, 2.681 bits per byte.**
 #
 # ## Experiment
 #
