@@ -230,9 +230,7 @@ def test_the_panel_tells_all_of_a_call(tmp_path: Path, calls, browser) -> None:
     wide, high = browser.run("(c => [c.clientWidth, c.clientHeight])(document.querySelector('.maps canvas'))")
     browser.move(x - wide / 2 + wide * 5.5 / picture.shape[1], y - high / 2 + high * 3.5 / len(TOKENS))
     said = browser.run("document.querySelector('#told').textContent")
-    assert said.startswith("activation, position 3 (<script>alert(1)</script>), channel 6 to 7: about "), (
-        "64 channels in 48"
-    )
+    assert said.startswith("activation, position 3 (<script>alert(1)</script>), channel 6 to 7: about ")
     assert browser.errors == []
 
 
