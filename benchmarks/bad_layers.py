@@ -42,8 +42,6 @@ OPPOSITE = {"add_": "sub_", "sub_": "add_", "add": "sub", "sub": "add"}
 PRODUCTS = ("addcmul", "addcmul_")  # a + value b c
 LEFT_OUT = ("layers/layer.py",)  # the base: its `undo` does not run here, where no block is recomputed
 
-# Mutants that are no faults, and why. A line of this table that no mutant matches any more is an error.
-EQUIVALENT: dict[tuple[str, str], str] = {}
 # A curve's value and slope are made together. Where both are broken the forward pass is another one too, and the layers
 # around the curve, which are compared with the right one, are named beside it.
 VALUE_TOO = {
@@ -341,26 +339,22 @@ def main() -> int:
     counts: dict[str, Counter[str]] = {}
     for mutant in every:
         seen = {trial.name: verdict(mutant, trial) for trial in models if trial.runs(mutant)}
-        reason = EQUIVALENT.get((mutant.name, mutant.what))
         named = sum(each == "named" for each in seen.values())
         blamed = [f"{name}: {each}" for name, each in seen.items() if each.startswith("blamed")]
         count = counts.setdefault(mutant.name, Counter())
-        count.update(
-            mutants=1, equivalent=bool(reason), named=bool(named and not blamed), models=len(seen), times=named
-        )
-        if blamed or not (named or reason):
+        count.update(mutants=1, named=bool(named and not blamed), models=len(seen), times=named)
+        if blamed or not named:
             faults.append(f"{mutant.name}, line {mutant.lines[0]}: {mutant.what}: {blamed or seen or 'never run'}")
-        rows.append({"layer": mutant.name, "line": mutant.lines[0], "what": mutant.what, "seen": seen,
-                     "equivalent": reason})  # fmt: skip
-    print(f"{'gradient':40} mutants equivalent named   in models, of which it showed")
+        rows.append({"layer": mutant.name, "line": mutant.lines[0], "what": mutant.what, "seen": seen})
+    print(f"{'gradient':40} mutants named   in models, of which it showed")
     for name, count in counts.items():
-        print(f"{name:40} {count['mutants']:7} {count['equivalent']:10} {count['named']:5} {count['models']:11}"
+        print(f"{name:40} {count['mutants']:7} {count['named']:5} {count['models']:11}"
               f" {count['times']:10}")  # fmt: skip
     total = Counter()
     for count in counts.values():
         total += count
-    print(f"{total['mutants']} mutants of {len(counts)} gradients, {total['equivalent']} of them no faults:"
-          f" {total['named']} named, {len(faults)} not, in {time.perf_counter() - began:.0f} s")  # fmt: skip
+    print(f"{total['mutants']} mutants of {len(counts)} gradients: {total['named']} named, {len(faults)} not,"
+          f" in {time.perf_counter() - began:.0f} s")  # fmt: skip
     print(*faults, sep="\n")
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps({"torch": torch.__version__, "models": [m.name for m in models],

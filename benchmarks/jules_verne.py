@@ -1,6 +1,6 @@
 """Jules Verne by characters: the losses that the hand-written engine and the default one reach in the same minutes.
 
-    python benchmarks/jules_verne.py [--minutes 10] [--engines autograd manual] [--presets default lstm]
+    python benchmarks/jules_verne.py [--minutes 10] [--engines autograd manual] [--presets default lstm] [--together]
         [--picture FILE] [-- further flags of quire train, for every run]
 
 The published figure beside it is that of eduardoleao052/Transformer-from-scratch: 1.01 nats per character on texts of
@@ -16,6 +16,8 @@ import platform
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="for each, from the command's start to its exit")
     parser.add_argument("--engines", nargs="+", default=["autograd", "manual"])
     parser.add_argument("--presets", nargs="+", default=["default"])
+    parser.add_argument("--together", action="store_true", help="the engines at the same time; give each --threads")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/jules_verne.json"))
     parser.add_argument("--picture", type=Path, help="a PNG of both losses over minutes")
     given = parser.parse_args(words)
@@ -44,10 +47,12 @@ def main() -> None:
     print(f"{'':20}{'parameters':>11}{'steps':>8}{'seconds':>9}{'training':>10}{'held out':>10}{'bits per byte':>15}")
     runs = []
     for preset in given.presets:
-        for engine in given.engines:
-            runs.append(row(given.text.resolve(), preset, engine, given.minutes, flags))
-            print("{name:20}{parameters:11,}{steps:8,}{seconds:9.0f}{train_loss:10.4f}{validation_loss:10.4f}"
-                  "{bits_per_byte:15.4f}".format(**runs[-1]), flush=True)  # fmt: skip
+        train = partial(row, given.text.resolve(), preset, minutes=given.minutes, flags=flags)
+        with ThreadPoolExecutor(len(given.engines) if given.together else 1) as pool:
+            for run in pool.map(train, given.engines):
+                runs.append(run)
+                print("{name:20}{parameters:11,}{steps:8,}{seconds:9.0f}{train_loss:10.4f}{validation_loss:10.4f}"
+                      "{bits_per_byte:15.4f}".format(**run), flush=True)  # fmt: skip
     print("{name}: {loss} after {steps:,} steps and {minutes} minutes, on a GTX 1070".format(**PUBLISHED))
     machine = {"platform": platform.platform(), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
     about = {"machine": machine, "text": given.text.name, "minutes": given.minutes, "published": PUBLISHED}
@@ -73,7 +78,7 @@ def row(text: Path, preset: str, engine: str, minutes: float, flags: list[str]) 
     return {
         "name": f"{preset}, {engine}",
         "command": " ".join(["quire", "train", text.name, *words]),
-        "device": f"{manifest['device']}, {manifest['threads']} threads",
+        "device": f"{manifest['device']}, threads: {manifest['threads']}",
         "parameters": size,
         "steps": trained["steps"],
         "tokens": trained["tokens"],

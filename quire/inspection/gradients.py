@@ -4,6 +4,7 @@ The forward is the recorded one that the engine `manual` does, in training mode:
 All is done in float64, where rounding is far below any mistake.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def gradients(
     arguments = {"tokens": torch.tensor([ids[:-1]]), "targets": torch.tensor([ids[1:]])}
     if settings.reads_source:
         arguments["source"] = torch.tensor([source])
-    model = (model if model is not None else run.model("cpu")).double()
+    model = (run.model("cpu") if model is None else copy.deepcopy(model)).double()
     found = walk(model, arguments, apart=apart)
     names = [[tokenizer.name(i) for i in row] for row in (source, ids)]
     return Gradients(found.loss, found.gradient_norm, found.calls, names[0], names[1], left_out)
