@@ -360,10 +360,10 @@ print(write(model))
 print(f"held-out loss: the LSTM of chapter 6 1.720, this model {loss:.3f} nats per character")
 
 # %% [markdown]
-# That is just below the LSTM's 1.720, and below all that came before. The next chapter trains two such blocks with AdamW
-# alone for as many steps, and comes to 1.857. Steps, batch and learning rates were chosen for two minutes of one core.
-# A model that is four times as large and trains for an hour is another matter; that is what `quire train --minutes`
-# works out.
+# That is just below the LSTM's 1.720, and below all that came before. The next chapter trains two such blocks with
+# AdamW alone for as many steps, and comes to 1.857. Steps, batch and learning rates were chosen for two minutes of one
+# core. A model that is four times as large and trains for an hour is another matter; that is what `quire train
+# --minutes` works out.
 #
 # ## Experiment
 #
