@@ -297,8 +297,8 @@ print(f"[{len(words)} words, {len(set(words))} of them different]")
 #
 # What do you expect of a model that nearly always says what it finds likeliest?
 #
-# **Answer.** "the some the death the so the so the have the so the be": of 360 words only 31 are different; above it was
-# 180 of 300. After a space "t" is the likeliest letter, after "t" an "h", and then it stands before the same choice
+# **Answer.** "the some the death the so the so the have the so the be": of 360 words only 31 are different; above it
+# was 180 of 300. After a space "t" is the likeliest letter, after "t" an "h", and then it stands before the same choice
 # again. Each step is likely, and the whole is unlike anything in the text: one sentence without an end. Real text has
 # the entropy that the model measures in it, about, and drawing near t = 1 keeps that. The better a model is, the lower
 # its temperature may be before it runs in such circles.
