@@ -6,9 +6,10 @@ Engines: forward and backward of one batch by autograd (eager) and by the layers
 the highest sum of memory that was in use, parameters not counted. Parts: the same of single layers.
 
 --checkout is one of eduardoleao052/Transformer-from-scratch. Its layers at the configuration of its config.py (8 blocks
-of 512, 8 heads, 196 tokens, 16 windows, dropout 0.2, rate and regularization 2e-4) train on TEXT, step for step as its
-Model.train does; so does the same stack of Quire's layers, begun with the same weights, by both engines on the same
-batches. Beside them stand the matrix products of one step alone, which none of the three can do without.
+of 512, 8 heads, 196 tokens, 16 windows, dropout 0.2, rate and regularization 2e-4), and two of its LSTMs in place of
+the blocks, train on TEXT, step for step as its Model.train does; so does the same stack of Quire's layers, begun with
+the same weights, by both engines on the same batches. Beside them stand the matrix products of one step alone, which
+none of the three can do without.
 """
 
 import argparse
@@ -178,22 +179,27 @@ def peer(path: Path, rounds: int) -> list[dict[str, Any]]:
     import re
 
     text = path.read_text(encoding="utf-8")
+    characters, words = list(text), re.findall(r"\w+|[^\w]", text)
     found = []
-    for level, tokens in (("characters", list(text)), ("words", re.findall(r"\w+|[^\w]", text))):
+    for name, tokens, recurrent in (
+        ("blocks, characters", characters, False),
+        ("blocks, words", words, False),
+        ("two LSTMs, characters", characters, True),
+    ):
         number = {token: index for index, token in enumerate(sorted(set(tokens)))}
         data = torch.tensor([number[token] for token in tokens])
-        found.append(trained(level, data, len(number), rounds))
+        found.append(trained(name, data, len(number), recurrent, rounds))
     return found
 
 
-def trained(level: str, data: Tensor, vocabulary: int, rounds: int) -> dict[str, Any]:
+def trained(name: str, data: Tensor, vocabulary: int, recurrent: bool, rounds: int) -> dict[str, Any]:
     """Steps of training: CPU and wall seconds of each way, and the losses."""
     torch.manual_seed(1)
-    theirs = their_layers(vocabulary)
-    models = {engine: our_stack(theirs, vocabulary) for engine in ("autograd", "manual")}
+    theirs = their_layers(vocabulary, recurrent)
+    models = {engine: our_stack(theirs, vocabulary, recurrent) for engine in ("autograd", "manual")}
     kept = {engine: OPTIMIZERS["adamw"](model, our_training()) for engine, model in models.items()}
     size, length = CONFIGURATION["batch"], CONFIGURATION["context"]
-    results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ("theirs", *models)}
+    results: dict[str, list[tuple[float, float, float]]] = {who: [] for who in ("theirs", *models)}
     for _ in range(rounds + 1):
         places = torch.randint(len(data) - length - 1, (size,)).tolist()
         inputs = torch.stack([data[place : place + length] for place in places])
@@ -211,20 +217,20 @@ def trained(level: str, data: Tensor, vocabulary: int, rounds: int) -> dict[str,
             "theirs": lambda inputs=inputs, targets=targets: their_step(theirs, inputs, targets),
             **{engine: lambda engine=engine: ours(engine) for engine in models},
         }
-        for name, way in ways.items():
+        for who, way in ways.items():
             cpu, wall = time.process_time(), time.perf_counter()
             loss = way()
-            results[name].append((time.process_time() - cpu, time.perf_counter() - wall, loss))
+            results[who].append((time.process_time() - cpu, time.perf_counter() - wall, loss))
     products = products_alone(models["manual"], size * length)
-    print(f"\nits configuration by {level} ({vocabulary:,} of them), tokens per CPU second, and loss step by step")
-    row: dict[str, Any] = {"level": level, "vocabulary_size": vocabulary, "configuration": CONFIGURATION}
-    for name, steps in results.items():
+    print(f"\nits configuration: {name} ({vocabulary:,} of them), tokens per CPU second, and loss step by step")
+    row: dict[str, Any] = {"name": name, "vocabulary_size": vocabulary, "configuration": CONFIGURATION}
+    for who, steps in results.items():
         cpu, wall = (statistics.median(step[which] for step in steps[1:]) for which in (0, 1))
-        row[name] = {"cpu_seconds": round(cpu, 3), "seconds": round(wall, 3),
+        row[who] = {"cpu_seconds": round(cpu, 3), "seconds": round(wall, 3),
                      "tokens_per_second": round(size * length / wall),
                      "tokens_per_cpu_second": round(size * length / cpu),
                      "losses": [round(step[2], 4) for step in steps]}  # fmt: skip
-        print(f"{name:34}{size * length / cpu:13.0f}   {row['theirs']['cpu_seconds'] / cpu:.2f} times theirs   "
+        print(f"{who:34}{size * length / cpu:13.0f}   {row['theirs']['cpu_seconds'] / cpu:.2f} times theirs   "
               + " ".join(f"{step[2]:.3f}" for step in steps), flush=True)  # fmt: skip
     row["products_alone_cpu_seconds"] = round(products, 3)
     print(f"{'its matrix products alone':34}{size * length / products:13.0f}   "
@@ -232,24 +238,21 @@ def trained(level: str, data: Tensor, vocabulary: int, rounds: int) -> dict[str,
     return row
 
 
-def their_layers(vocabulary: int) -> list[Any]:
-    """The layers of its config.py, ready to train."""
-    from src.layers import (  # type: ignore[import-not-found]  # of the checkout
-        Block,
-        CrossEntropyLoss,
-        Embedding,
-        LayerNorm,
-        PositionalEmbedding,
-        TemporalDense,
-    )
+def their_layers(vocabulary: int, recurrent: bool) -> list[Any]:
+    """The layers of its config.py, or two LSTMs in place of positions and blocks, ready to train."""
+    from src import layers as theirs  # type: ignore[import-not-found]  # of the checkout
+    from src.layers_recurrent import LSTM  # type: ignore[import-not-found]
 
-    size, length = CONFIGURATION["size"], CONFIGURATION["context"]
-    blocks = [
-        Block(size, size, CONFIGURATION["heads"], length, dropout_prob=CONFIGURATION["dropout"])
-        for _ in range(int(CONFIGURATION["blocks"]))
-    ]
-    layers = [Embedding(vocabulary, size), PositionalEmbedding(length, size), *blocks, LayerNorm(size),
-              TemporalDense(size, vocabulary), CrossEntropyLoss()]  # fmt: skip
+    size, length, heads = CONFIGURATION["size"], CONFIGURATION["context"], CONFIGURATION["heads"]
+    if recurrent:
+        middle = [LSTM(size, size), LSTM(size, size)]
+    else:
+        middle = [theirs.PositionalEmbedding(length, size)]
+        for _ in range(int(CONFIGURATION["blocks"])):
+            middle.append(theirs.Block(size, size, heads, length, dropout_prob=CONFIGURATION["dropout"]))
+        middle.append(theirs.LayerNorm(size))
+    layers = [theirs.Embedding(vocabulary, size), *middle, theirs.TemporalDense(size, vocabulary),
+              theirs.CrossEntropyLoss()]  # fmt: skip
     for layer in layers:
         layer.set_mode("train")
         layer.initialize_optimizer(CONFIGURATION["rate"], CONFIGURATION["rate"])
@@ -274,51 +277,59 @@ def our_training() -> TrainingSettings:
     return TrainingSettings(learning_rate=rate, weight_decay=rate, beta1=0.9, beta2=0.99)
 
 
-def our_stack(theirs: list[Any], vocabulary: int) -> nn.Module:
+def our_stack(theirs: list[Any], vocabulary: int, recurrent: bool) -> nn.Module:
     """The same layers of Quire's, with the same weights."""
     block = {"kind": "block", "heads": CONFIGURATION["heads"], "normalization": "layernorm", "activation": "relu",
              "rotary": False, "bias": True, "dropout": CONFIGURATION["dropout"]}  # fmt: skip
-    stack = ({"kind": "embedding", "size": CONFIGURATION["size"]}, {"kind": "positional-embedding"},
-             *[block] * int(CONFIGURATION["blocks"]), {"kind": "layernorm"})  # fmt: skip
+    blocks = [{"kind": "positional-embedding"}, *[block] * int(CONFIGURATION["blocks"]), {"kind": "layernorm"}]
+    middle = [{"kind": "lstm"}, {"kind": "lstm"}] if recurrent else blocks
+    stack = ({"kind": "embedding", "size": CONFIGURATION["size"]}, *middle)
     sizes = {"vocabulary_size": vocabulary, "context_length": CONFIGURATION["context"], "separator": 0}
     model = build_model(MODELS["stack"].Settings(kind="stack", stack=stack, **sizes)).train()
     with torch.no_grad():
-        for ours, weights in zip(model.parameters(), weights_in_our_order(theirs), strict=True):
+        for ours, weights in zip(model.parameters(), weights_in_our_order(theirs, recurrent), strict=True):
             ours.copy_(weights)
     return model
 
 
-def weights_in_our_order(layers: list[Any]) -> Iterator[Tensor]:
+def weights_in_our_order(layers: list[Any], recurrent: bool) -> Iterator[Tensor]:
     """Its weights as Quire's stack lists them; a matrix lies the other way there."""
     yield layers[0].params["E"]
-    yield layers[1].params["E"]
-    for block in layers[2:-3]:
-        attention, feedforward = block.att, block.fcc
-        for norm, dense in (
-            (block.ln1, (attention.Wq, attention.Wk, attention.Wv, attention.residual_proj)),
-            (block.ln2, (feedforward.fcc1, feedforward.fcc2)),
-        ):
-            yield norm.params["gamma"][0]
-            yield norm.params["beta"][0]
-            for layer in dense:
-                yield layer.params["W"].T
-                yield layer.params["b"]
-    yield layers[-3].params["gamma"][0]
-    yield layers[-3].params["beta"][0]
+    if recurrent:
+        for lstm in layers[1:3]:
+            in_order = [torch.cat([part.chunk(4, -1)[gate] for gate in (0, 1, 3, 2)], -1)  # theirs: i, f, o, g
+                        for part in (lstm.params["Wxa"], lstm.params["Wha"], lstm.params["ba"])]  # fmt: skip
+            yield from (in_order[0].T, in_order[1].T, in_order[2], torch.zeros_like(in_order[2]))
+    else:
+        yield layers[1].params["E"]
+        for block in layers[2:-3]:
+            attention, feedforward = block.att, block.fcc
+            for norm, dense in (
+                (block.ln1, (attention.Wq, attention.Wk, attention.Wv, attention.residual_proj)),
+                (block.ln2, (feedforward.fcc1, feedforward.fcc2)),
+            ):
+                yield norm.params["gamma"][0]
+                yield norm.params["beta"][0]
+                for layer in dense:
+                    yield layer.params["W"].T
+                    yield layer.params["b"]
+        yield layers[-3].params["gamma"][0]
+        yield layers[-3].params["beta"][0]
     yield layers[-2].params["W"].T
 
 
 def products_alone(model: nn.Module, rows: int) -> float:
     """CPU seconds of each matrix's three products in one step: y = x W^T, dx = dy W, dW = dy^T x."""
+    matrices = [layer.weight for layer in model.modules() if isinstance(layer, Linear)]
+    matrices += [weight for name, weight in model.named_parameters() if "weight_ih" in name or "weight_hh" in name]
     total = 0.0
-    for layer in model.modules():
-        if isinstance(layer, Linear):
-            outputs, inputs = layer.weight.shape
-            x, grad, weight = torch.randn(rows, inputs), torch.randn(rows, outputs), layer.weight.detach()
-            for product in (lambda: x @ weight.T, lambda: grad @ weight, lambda: grad.T @ x):  # noqa: B023
-                began = time.process_time()
-                product()
-                total += time.process_time() - began
+    for matrix in matrices:
+        outputs, inputs = matrix.shape
+        x, grad, weight = torch.randn(rows, inputs), torch.randn(rows, outputs), matrix.detach()
+        for product in (lambda: x @ weight.T, lambda: grad @ weight, lambda: grad.T @ x):  # noqa: B023
+            began = time.process_time()
+            product()
+            total += time.process_time() - began
     return total
 
 
