@@ -71,7 +71,7 @@ def places(budget: float) -> list[tuple[int, str]]:
     order = [1_000_000, 20_000, 5_000_000, 200_000, 100_000_000]
     if budget == min(MINUTES):
         order = order[:-1]  # reading 100 MB takes as long
-    return [(size, text) for size in order for text in texts[size][:few]]
+    return [(size, texts[size][rank]) for rank in range(few) for size in order if rank < len(texts[size])]
 
 
 def suits(recipe: dict[str, Any], budget: float, size: int) -> bool:
@@ -180,7 +180,9 @@ def campaign(given: argparse.Namespace) -> None:
             for line in pool.map(lambda cell: train(cell, Path(folder)), batch):
                 spent += line.get("cpu_seconds", 0) / 60
                 shown = line.get("bits_per_byte", line.get("failed"))
-                print(f"{line['minutes']:6} {line['bytes']:11,} {line['text']:18}{line['recipe']:28}{shown}", flush=True)
+                print(
+                    f"{line['minutes']:6} {line['bytes']:11,} {line['text']:18}{line['recipe']:28}{shown}", flush=True
+                )
                 if "failed" not in line:
                     with RESULTS.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
@@ -297,8 +299,8 @@ def plot(path: Path) -> None:
         own = [line for line in lines if line["bytes"] == size]
         for number, text in enumerate(sorted({line["text"] for line in own})):
             for kind, style in (("modern", "o-"), ("ngram", "s--")):
-                best = sorted(best_of([line for line in own if line["text"] == text and family[line["recipe"]] == kind]),
-                              key=lambda line: line["minutes"])  # fmt: skip
+                same = [line for line in own if line["text"] == text and family[line["recipe"]] == kind]
+                best = sorted(best_of(same), key=lambda line: line["minutes"])
                 points = [(line["minutes"], line["bits_per_byte"]) for line in best]
                 if points:
                     axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=f"{text}, {kind}")

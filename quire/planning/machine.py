@@ -66,7 +66,9 @@ def timed(trainer: Trainer, threads: int, seconds: float) -> Speed:
     """The medians of as many steps as go into the time, at least three."""
     torch.set_num_threads(threads)
     trainer.update()
-    walls, works, began = [], [], time.perf_counter()
+    began = time.perf_counter()
+    walls: list[float] = []
+    works: list[float] = []
     while len(walls) < FEWEST_STEPS or time.perf_counter() - began < seconds:
         wall, work = time.perf_counter(), time.process_time()
         trainer.update()
@@ -99,5 +101,3 @@ def described(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {usable_cores()} cores" if device.type == "cpu" else device.type
-
-

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,22 @@ def train(
     return train_run(typed(layered(preset, flags=flags)), Path(run) if run is not None else None)
 
 
-def train_run(settings: Settings, path: Path | None = None, began: float | None = None) -> Run:
-    """Train a new run with finished settings; `began` is time.time() at the command's start, for --minutes."""
+@dataclass(frozen=True)
+class Loaded:
+    """A text that was read and prepared before its run begins, as a plan does; `piped` is that of standard input."""
+
+    prepared: Prepared
+    origins: list[Table]
+    piped: bytes | None = None
+
+
+def train_run(
+    settings: Settings, path: Path | None = None, began: float | None = None, loaded: Loaded | None = None
+) -> Run:
+    """Train a new run with finished settings; `began` is time.time() at the command's start, for --minutes.
+
+    A text that is `loaded` already, with these very settings, is not read again.
+    """
     began = began or time.time()
     check_length(settings.training)
     check_pairs(settings)
@@ -70,14 +84,17 @@ def train_run(settings: Settings, path: Path | None = None, began: float | None 
     if decisions := settings.training.decisions:
         read_decisions(Path(decisions))
         kept["decisions.jsonl"] = Path(decisions).read_bytes()
-    piped = sys.stdin.buffer.read() if "-" in texts else None
+    piped = loaded.piped if loaded else sys.stdin.buffer.read() if "-" in texts else None
     if piped is not None:
         kept[f"data/{STANDARD_INPUT}"] = piped
     if not settings.data.pairs:
         settings = replace(settings, data=replace(settings.data, text=texts))
     device, threads = prepare_machine(settings.training)
     settings = replace(settings, training=replace(settings.training, threads=threads))
-    settings, prepared, origins = load_data(settings, piped)
+    if loaded:
+        prepared, origins = loaded.prepared, loaded.origins
+    else:
+        settings, prepared, origins = load_data(settings, piped)
     say(f"{', '.join(texts[:3])}: {prepared}")
     settings, prepared = fitted(settings, prepared)
     manifest = describe(settings, prepared, origins, device)
