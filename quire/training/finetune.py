@@ -149,6 +149,9 @@ def put_weights(model: Any, weights: dict[str, Tensor], known: int) -> None:
         if name == "positions.weight":
             grown[name] = tensor[: len(own[name])]
             continue
+        if name == "ngram_embedding.weight":
+            grown[name] = model.ngram_embedding.grown(tensor, known)
+            continue
         more = own[name].shape[0] - known if tensor.dim() and len(tensor) == known else 0
         mean = tensor.mean(0, keepdim=True).expand(more, *tensor.shape[1:])
         grown[name] = torch.cat((tensor, mean)) if more else tensor

@@ -63,9 +63,9 @@ class TrainingSettings:
         for name in ("batch_size", "accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
-        for name in (*LENGTHS, "learning_rate", "matrix_learning_rate", "table_learning_rate", "weight_decay", "gradient_clip",
-                     "warmup_steps", "evaluation_interval", "sample_tokens", "patience", "seed", "threads",
-                     "vocabulary_size"):  # fmt: skip
+        for name in (*LENGTHS, "learning_rate", "matrix_learning_rate", "table_learning_rate", "weight_decay",
+                     "gradient_clip", "warmup_steps", "evaluation_interval", "sample_tokens", "patience", "seed",
+                     "threads", "vocabulary_size"):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(
                     f"--{name.replace('_', '-')} must be a finite number of at least 0, not {getattr(self, name)}."
