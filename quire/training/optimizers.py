@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from quire.layers.embedding import Embedding
+from quire.training.eager import SGD, Adam, AdamW
 from quire.training.muon import Muon
 
 if TYPE_CHECKING:
@@ -27,13 +28,13 @@ def adamw(model: nn.Module, settings: "TrainingSettings") -> Optimizers:
 def adam(model: nn.Module, settings: "TrainingSettings") -> Optimizers:
     """Adam (Kingma and Ba 2015); weight decay as L2 in the gradient."""
     betas = (settings.beta1, settings.beta2)
-    return [torch.optim.Adam(_decayed(list(model.parameters()), settings), lr=settings.learning_rate, betas=betas)]
+    return [Adam(_decayed(list(model.parameters()), settings), lr=settings.learning_rate, betas=betas)]
 
 
 def sgd(model: nn.Module, settings: "TrainingSettings") -> Optimizers:
     """Stochastic gradient descent with momentum; weight decay as L2 in the gradient."""
     groups = _decayed(list(model.parameters()), settings)
-    return [torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)]
+    return [SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)]
 
 
 def muon(model: nn.Module, settings: "TrainingSettings") -> Optimizers:
@@ -77,7 +78,7 @@ def set_learning_rates(optimizers: Optimizers, share: float) -> None:
 def _adamw(parameters: list[nn.Parameter], settings: "TrainingSettings") -> torch.optim.Optimizer:
     fused = all(p.device.type in ("cpu", "cuda", "mps") and p.dtype.is_floating_point for p in parameters)
     betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(_decayed(parameters, settings), lr=settings.learning_rate, betas=betas, fused=fused)
+    return AdamW(_decayed(parameters, settings), lr=settings.learning_rate, betas=betas, fused=fused)
 
 
 def _decayed(parameters: list[nn.Parameter], settings: "TrainingSettings") -> list[dict[str, Any]]:
