@@ -162,7 +162,7 @@ def resume(
             return run
         if (steps or minutes) and not state.finished:
             raise UserError(f"{run.path} is not finished (step {state.step}). Finish it first: quire resume {run.path}")
-        trainer.cut_back_logs()
+        trainer.journal.cut_back(state)
         if steps or minutes:
             say(f"{run.path} trains on from step {state.step}; the learning rate warms up again.")
             trainer.stretch(steps, minutes)

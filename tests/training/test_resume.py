@@ -65,9 +65,9 @@ import json, os, signal, sys
 import torch._dynamo  # as the first optimizer does: all imports once, for all the processes below
 import quire.cli.resume, quire.cli.train
 from quire.cli.main import call
-from quire.training import loop
+from quire.training import journal, loop
 
-loop.plot_losses = lambda *arguments: None
+journal.plot_losses = lambda *arguments: None
 step_optimizers = loop.Trainer.step_optimizers
 
 def train_and_interrupt(step, name, words, errors):
