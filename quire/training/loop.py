@@ -5,6 +5,7 @@ Trainer.update      one optimizer step
 Trainer.evaluate    both losses, a sample, the plot, the checkpoints
 """
 
+import copy
 import math
 import time
 from typing import Any
@@ -35,9 +36,11 @@ from quire.training.schedules import SCHEDULES, warmed_up
 from quire.training.settings import TrainingSettings
 from quire.training.signals import Signals, Stopped
 from quire.training.state import TrainingState
+from quire.training.threads import Measured, Watch, measured_threads, thread_candidates
 
 LINE_STEPS = 10  # a line of metrics.jsonl at least so often
 SAVES, SAVE_SECONDS = 5, 600.0  # checkpoints at least so often in a run, and at least after so much time
+TRIED_SHARE, TRIED_SECONDS = 0.015, 30.0  # of the time go into finding the number of threads, in runs as long as that
 EXPLODED = 2.0  # times the first loss
 PASSES = 10  # steps in a row that may be passed over before training stops
 
@@ -73,9 +76,11 @@ class Trainer:
     def fit(self) -> None:
         """Train until the stretch is finished; a signal saves, and raises Stopped."""
         state = self.state
-        self.clock = Clock(self.began - state.seconds, self.run.path / "decisions.jsonl")
-        self.wrap_model()
+        self.clock = Clock(self.began - state.seconds, self.run.path / "decisions.jsonl", torch.get_num_threads())
+        if self.wrapped is None:
+            self.wrap_model()
         self.clock.start_measuring(state.step)
+        watch = Watch()
         self.journal.logged, self.saved = (state.tokens, self.clock.elapsed()), time.monotonic()
         with Signals() as signals, bar(self.run.path.name) as show:
             while not state.finished:
@@ -87,6 +92,8 @@ class Trainer:
                 else:
                     if state.step % LINE_STEPS == 0:
                         self.log(show)
+                        if sentence := watch.sentence():
+                            say(sentence, "yellow")
                     fifth = math.floor(state.progress * SAVES) > math.floor(before * SAVES)
                     if fifth or time.monotonic() - self.saved > SAVE_SECONDS:
                         self.save("last")
@@ -320,6 +327,26 @@ class Trainer:
         self.saved = time.monotonic()
 
     # ---- starting ----
+
+    def find_threads(self) -> Measured:
+        """Measure which number of threads steps of this very training are fastest with; leaves everything as it was.
+
+        Only under --minutes: a run of N steps is to be the same each time it is begun on a machine.
+        """
+        seconds = 60 * self.state.minutes
+        if self.device.type != "cpu" or seconds < TRIED_SECONDS:
+            return Measured(torch.get_num_threads(), {})
+        state, self.state = self.state, copy.deepcopy(self.state)
+        model = {name: tensor.clone() for name, tensor in checkpoint.model_tensors(self.model).items()}
+        training = states.training_tensors(self.model, self.optimizers, self.scaler)
+        training = {name: tensor.clone() for name, tensor in training.items()}
+        self.wrap_model()
+        found = measured_threads(self.update, thread_candidates(), TRIED_SHARE * seconds)
+        self.state = state
+        checkpoint.load_model_tensors(self.model, model, self.run.path)
+        states.restore_training_tensors(training, self.model, self.optimizers, self.scaler)
+        torch.set_num_threads(found.threads)
+        return found
 
     def begin(self) -> None:
         """A new run: its length from the settings; an epoch is as many windows as cover the text, or all pairs."""
