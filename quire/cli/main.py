@@ -87,6 +87,7 @@ def run(command: str, words: list[str]) -> int:
 
 def explain(error: BaseException) -> int:
     """Say what went wrong; the exit code. What is nobody's mistake but ours is raised again."""
+    from quire.devices import out_of_memory
     from quire.errors import UserError
 
     if isinstance(error, KeyboardInterrupt):
@@ -98,7 +99,7 @@ def explain(error: BaseException) -> int:
         full = error.errno in (errno.ENOSPC, errno.EIO)
         remedy = " What was saved before is whole; make room and try again." if full else ""
         return told(f"quire: {error.strerror}{where}.{remedy}", 2)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+    if out_of_memory(error):
         return told(
             "quire: Out of memory. Take a smaller --batch-size with more --accumulation-steps, a shorter"
             " --model.context-length, or a smaller --model.embedding-size.",

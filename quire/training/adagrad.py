@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire.training.eager import Eager
 
-class RowAdagrad(torch.optim.Optimizer):
+
+class RowAdagrad(Eager):
     """Adagrad with one sum of mean squares a row, for tables (R, C); of sparse gradients only their rows are touched.
 
     Every gradient is scaled by its own history: its size, and so clipping, changes nothing but the first steps.
