@@ -34,7 +34,8 @@ def cell(name: str, text: Path, minutes: float, fastest: bool) -> dict[str, Any]
         seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     found = plan["prediction"] or {"bits_per_byte": None, "low": None, "high": None, "extrapolated": None}
     return {
-        "text": name, "minutes": minutes, "fastest": fastest, "recipe": plan["recipe"], "contended": plan["contended"],
+        "text": name, "minutes": minutes, "fastest": fastest, "recipe": plan["recipe"],
+        "contention": plan["contention"],
         "foretold_bits": found["bits_per_byte"], "low": found["low"], "high": found["high"],
         "extrapolated": found["extrapolated"], "bits_per_byte": trained["bits_per_byte"],
         "foretold_steps": plan["steps"], "steps": trained["steps"],

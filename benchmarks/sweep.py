@@ -115,7 +115,8 @@ def trained(cell: dict[str, Any]) -> dict[str, Any]:
     settings, prepared = fitted(*load_data(settings)[:2])
     text = measure(prepared)
     seconds = 60 * cell["minutes"]
-    (speed,) = measured(settings, prepared, torch.device("cpu"), min(5.0, 0.2 * seconds), (1,))
+    speed = measured(settings, prepared, torch.device("cpu"), min(5.0, 0.2 * seconds), 1)
+    assert speed.cpu_seconds is not None
     steps = max(20, round(seconds / speed.cpu_seconds))
     training = {**flags["training"], "steps": steps, "evaluation_interval": max(10, steps // 5), "sample_tokens": 0}
     with tempfile.TemporaryDirectory() as folder:

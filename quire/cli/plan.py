@@ -10,7 +10,6 @@ from quire.cli.flags import Switch
 from quire.cli.models import amount
 from quire.cli.runs import size
 from quire.cli.train import (
-    CONTENDED,
     EXPORTABLE,
     FASTEST,
     Preset,
@@ -76,8 +75,8 @@ def told(plan: Plan) -> list[str]:
         row("time", f"{plan.seconds / 60:.3g} minutes, from start to exit"),
         row("expected", expected(plan.prediction)),
     ]
-    if plan.contended:
-        lines.append(row("", CONTENDED))
+    if plan.contention:
+        lines.append(row("", plan.contention))
     return lines + [row("with", line) for line in otherwise(plan)]
 
 

@@ -14,7 +14,6 @@ from quire.config import PRESETS, Table, merged
 from quire.data.reading import DataSettings
 from quire.errors import UserError
 from quire.models import ModelSettings
-from quire.planning.machine import fastest
 from quire.planning.plan import Chosen, follow
 from quire.planning.recipes import FAMILIES
 from quire.progress import say
@@ -25,7 +24,6 @@ from quire.training.train import train_run
 T = TypeVar("T")
 
 EXPORTABLE, FASTEST = "modern", "ngram"  # the families of recipes
-CONTENDED = "Other programs are computing on this machine: training takes longer, and its time is met all the same."
 
 Stages = Annotated[tuple[str, ...], tyro.conf.arg(metavar="STAGE ...", help_behavior_hint="")]
 Preset = Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(PRESETS)}}}")]
@@ -118,11 +116,8 @@ def sentence(found: Chosen, wanted: str) -> str:
         f"By plan{changed}: {FAMILIES[wanted]}, {model.named}, in batches of {training.batch_size} at rate"
         f" {training.learning_rate:g}, tokenizer {training.tokenizer}. All of it is in the run's config.toml."
     ]
-    if found.speeds:
-        speed = fastest(found.speeds)
-        lines.append(f"Measured: {1000 * speed.step_seconds:.0f} ms a step with {threads(speed.threads)}.")
-        if any(one.contended for one in found.speeds):
-            lines.append(CONTENDED)
+    if found.speed:
+        lines.append(f"Measured: {1000 * found.speed.step_seconds:.0f} ms a step with {threads(found.speed.threads)}.")
     if wanted == EXPORTABLE:
         lines.append("With --fastest it would have n-gram tables too: a lower loss, for a model that only Quire loads.")
     return "\n".join(lines)

@@ -14,10 +14,10 @@ import torch
 from quire.config import Table, merged
 from quire.data.prepare import Prepared
 from quire.data.spool import Corpus
-from quire.devices import choose_device
+from quire.devices import choose_device, usable_cores
 from quire.errors import UserError
 from quire.planning.cost import Cost, cost_of
-from quire.planning.machine import Speed, fastest, measured, memory_limit
+from quire.planning.machine import Speed, measured, memory_limit
 from quire.planning.measure import Measure, measure
 from quire.planning.recipes import Prediction, chosen, predicted, table
 from quire.training.clock import EVALUATION_SHARE, EVALUATIONS, EXIT_SECONDS
@@ -41,7 +41,7 @@ class Chosen:
     settings: Settings
     prepared: Prepared
     recipe: str
-    speeds: list[Speed]
+    speed: Speed | None
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Plan:
     device: str
     threads: int
     step_seconds: float
-    contended: bool
+    contention: str | None  # a sentence where other programs compute on this machine
     seconds: float
     prediction: Prediction | None
     longer: dict[str, Any] | None  # with ten times the time
@@ -131,7 +131,10 @@ def follow(build: Callable[[Table], Settings], wanted: str, began: float) -> tup
         found = choose(build, wanted, left, corpus, held_out, device, measuring)
     finally:
         corpus.close()
-    return found.settings, Loaded(found.prepared, corpus.origins, piped), found
+    settings = found.settings
+    if found.speed and device.type == "cpu":  # then training need not try them again
+        settings = replace(settings, training=replace(settings.training, threads=found.speed.threads))
+    return settings, Loaded(found.prepared, corpus.origins, piped), found
 
 
 def with_text(settings: Settings) -> Settings:
@@ -166,14 +169,14 @@ def choose(
         fitting, prepared = fitted(settings, prepared)
         cost = cost_of(fitting)
         refuse_too_large(cost, fitting, device)
-        speeds = measured_step(fitting, prepared, cost, device, measuring) if measuring else []
+        speed = measured_step(fitting, prepared, cost, device, measuring) if measuring else None
         reference = table()["step_seconds"].get(recipe)
-        if not (speeds and reference):
+        if not (speed and reference):
             break
-        power = reference / fastest(speeds).step_seconds
+        power = reference / speed.step_seconds
         if chosen(wanted, seconds * power, size) == recipe:
             break
-    return Chosen(settings, prepared, recipe if holds(settings, recipe) else "", speeds)
+    return Chosen(settings, prepared, recipe if holds(settings, recipe) else "", speed)
 
 
 def holds(settings: Settings, recipe: str) -> bool:
@@ -185,21 +188,18 @@ def holds(settings: Settings, recipe: str) -> bool:
     return all(getattr(parts[part], name) == value for part in parts for name, value in wanted[part].items())
 
 
-def measured_step(
-    settings: Settings, prepared: Prepared, cost: Cost, device: torch.device, seconds: float
-) -> list[Speed]:
+def measured_step(settings: Settings, prepared: Prepared, cost: Cost, device: torch.device, seconds: float) -> Speed:
     """The seconds of a step; of a very large one, a single window's, times how many there are."""
     training = settings.training
     windows = training.batch_size * training.accumulation_steps
-    threads = (training.threads,) if training.threads else ()
     if device.type == "cuda" or cost.flops_per_token * windows * settings.model.context_length < LARGE_STEP:
-        return measured(settings, prepared, device, seconds, threads)
+        return measured(settings, prepared, device, seconds, training.threads)
     context = min(settings.model.context_length, 256)
-    small = replace(settings.with_model(context_length=context),
-                    training=replace(training, batch_size=1, accumulation_steps=1))  # fmt: skip
-    times = windows * settings.model.context_length / context
-    speeds = measured(small, prepared, device, 0.0, threads or (torch.get_num_threads(),))
-    return [Speed(speed.threads, times * speed.step_seconds, times * speed.cpu_seconds) for speed in speeds]
+    small = replace(
+        settings.with_model(context_length=context), training=replace(training, batch_size=1, accumulation_steps=1)
+    )
+    speed = measured(small, prepared, device, 0.0, training.threads or usable_cores())
+    return replace(speed, step_seconds=windows * settings.model.context_length / context * speed.step_seconds)
 
 
 def refuse_too_large(cost: Cost, settings: Settings, device: torch.device) -> None:
@@ -220,7 +220,8 @@ def summed_up(found: Chosen, wanted: str, seconds: float, device: torch.device) 
     """The plan's numbers: steps from the time and what a step takes, and the bits per byte that those come to."""
     settings, prepared = fitted(found.settings, found.prepared)
     shape, training, cost = settings.model, settings.training, cost_of(settings)
-    speed = fastest(found.speeds)
+    speed = found.speed
+    assert speed is not None, "what is planned was measured"
     per_step = training.batch_size * training.accumulation_steps * shape.context_length
     each, count = evaluations(settings, prepared, speed.step_seconds, seconds)
     steps = steps_of(settings, prepared, per_step)
@@ -253,7 +254,7 @@ def summed_up(found: Chosen, wanted: str, seconds: float, device: torch.device) 
         device=str(device),
         threads=speed.threads,
         step_seconds=round(speed.step_seconds, 6),
-        contended=any(one.contended for one in found.speeds),
+        contention=speed.contention,
         seconds=round(seconds or START_SECONDS + EXIT_SECONDS + steps * speed.step_seconds + count * each, 1),
         prediction=predicted(wanted, core_seconds, text.bytes, list(text.counted)),
         longer=what_if.at(LONGER),

@@ -8,7 +8,6 @@ import pytest
 
 import quire as library
 from quire.planning import plan as planning
-from quire.planning.machine import Speed, fastest
 from quire.planning.plan import Plan
 from quire.planning.recipes import table
 from quire.run import Run
@@ -121,10 +120,3 @@ def test_the_library_plans_too(desk: Path) -> None:
     found = library.plan("book.txt", minutes=1, model={"layers": 1}, batch_size=2)
     assert isinstance(found, Plan) and found.model["layers"] == 1 and found.batch_size == 2
     assert found.recipe == ""  # those are no recipe's settings
-
-
-def test_more_threads_must_gain_something() -> None:
-    one, two = Speed(1, 0.100, 0.1), Speed(2, 0.095, 0.19)
-    assert fastest([one, two]) is one
-    assert fastest([one, Speed(2, 0.06, 0.12)]).threads == 2
-    assert Speed(1, 0.15, 0.1).contended and not one.contended and not two.contended
