@@ -219,7 +219,7 @@ def fit() -> None:
             place = {"family": kind, "core_seconds": 60 * minutes, "bytes": size, "recipe": winner(group)}
             found["choices"].append(place)
         if own:
-            found["predictions"][kind] = regression(best_of(own))
+            found["predictions"][kind] = regression(best_of(own), found["step_seconds"])
     found["machine"] = {"platform": platform.platform(), "cells": len(lines)}
     TABLE.write_text(spelled(found), encoding="utf-8")
 
@@ -245,9 +245,15 @@ def best_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def regression(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ridge regression of ln(bits per byte / the best counted ones); the deviation is that of texts left out."""
-    inputs = np.array([features(60 * line["minutes"], line["training_bytes"], line["counted"]) for line in lines])
+def regression(lines: list[dict[str, Any]], step_seconds: dict[str, float]) -> dict[str, Any]:
+    """Ridge regression of ln(bits per byte / the best counted ones); the deviation is that of texts left out.
+
+    Core-seconds are steps times what a step of the recipe typically took: what a busy machine added is left out.
+    """
+    times = [line["steps"] * step_seconds[line["recipe"]] for line in lines]
+    sizes = [line["training_bytes"] for line in lines]
+    rows = zip(times, sizes, lines, strict=True)
+    inputs = np.array([features(seconds, size, line["counted"]) for seconds, size, line in rows])
     targets = np.array([np.log(line["bits_per_byte"] / min(line["counted"])) for line in lines])
     texts = np.array([line["text"] for line in lines])
     errors = []
@@ -255,11 +261,10 @@ def regression(lines: list[dict[str, Any]]) -> dict[str, Any]:
         if (texts != text).any():
             errors += list(inputs[texts == text] @ ridge(inputs[texts != text], targets[texts != text]))
             errors[-(texts == text).sum() :] -= targets[texts == text]
-    times, sizes = [60 * line["minutes"] for line in lines], [line["training_bytes"] for line in lines]
     return {
         "coefficients": [round(float(value), 6) for value in ridge(inputs, targets)],
         "deviation": round(float(np.sqrt(np.mean(np.square(errors)))) if errors else 0.1, 4),
-        "core_seconds": [min(times), max(times)],
+        "core_seconds": [round(min(times), 1), round(max(times), 1)],
         "bytes": [min(sizes), max(sizes)],
         "cells": len(lines),
     }
