@@ -117,7 +117,10 @@ def otherwise(plan: Plan) -> list[str]:
             lines.append(f"{words}, by recipe {found['recipe']}")
     if plan.fastest:
         tables: Prediction = plan.fastest["prediction"]
-        gain = "" if plan.prediction is None else f", {tables.bits_per_byte / plan.prediction.bits_per_byte - 1:+.0%}"
+        own = plan.prediction
+        gain = f", {tables.bits_per_byte / own.bits_per_byte - 1:+.0%}" if own else ""
+        if own and tables.bits_per_byte >= own.bits_per_byte:
+            gain = ": no gain for this text and time"
         lines.append(f"--fastest (n-gram tables, which no other program can load): {tables.bits_per_byte:.3f}{gain}")
     elif plan.recipe and plan.kind == FASTEST:
         lines.append(f"a model that other programs can load: leave out --fastest ({FAMILIES[EXPORTABLE]})")

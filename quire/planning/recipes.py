@@ -19,6 +19,8 @@ TABLE = Path(__file__).with_name("recipes.json")
 FAMILIES = {"modern": "a pure Transformer", "ngram": "a Transformer with n-gram tables"}
 OCTAVES_A_SIZE = 0.5  # how much a factor of two in the text's size counts, beside one in the time
 
+FARTHEST = 4.0  # a prediction goes no farther beyond what was measured than by this factor, and stays there
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -62,8 +64,9 @@ def predicted(family: str, core_seconds: float, size: int, counted: list[float])
     found = table()["predictions"].get(family)
     if found is None or core_seconds <= 0:
         return None
-    center = min(counted) * math.exp(float(features(core_seconds, size, counted) @ np.array(found["coefficients"])))
-    spread = math.exp(found["deviation"])
     ranges = ((core_seconds, found["core_seconds"]), (size, found["bytes"]))
     outside = any(not low / 1.5 <= value <= high * 1.5 for value, (low, high) in ranges)
+    near = [min(max(value, low / FARTHEST), high * FARTHEST) for value, (low, high) in ranges]
+    center = min(counted) * math.exp(float(features(near[0], round(near[1]), counted) @ found["coefficients"]))
+    spread = math.exp(found["deviation"])
     return Prediction(center, center / spread, center * spread, outside)
