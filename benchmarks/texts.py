@@ -23,11 +23,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parents[1]
 from quire.data.corpora import CORPORA
 from quire.errors import UserError
 from quire.sources import Source, fetch, texts
 
+ROOT = Path(__file__).resolve().parents[1]
 ENWIK8_BYTES = 5_000_000  # of enwik8, the first
 SHARED = ROOT.parent / "shared" / "data"
 NOT_CODE = {"test", "tests", "site-packages", "dist-packages", "idle_test", "__pycache__"}  # folders of Lib
