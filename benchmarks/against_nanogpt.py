@@ -1,6 +1,7 @@
 """Quire and nanoGPT on six texts, the same minutes of one core: held-out bits per byte, by one measure.
 
-    python benchmarks/against_nanogpt.py --nanogpt CHECKOUT [--workers 2] [--only measure|tune|nanogpt|quire] [--minutes 1 3 10]
+    python benchmarks/against_nanogpt.py --nanogpt CHECKOUT [--workers 2] [--minutes 1 3 10]
+        [--only measure|tune|nanogpt|quire]
 
 A cell is one thread pinned to one core; two may run at a time on two cores. nanoGPT is trained by characters on the
 same text and measured on the same held-out part, in two shapes; its learning rate is tuned over four values at one
@@ -14,6 +15,7 @@ JSON lines file, and one that is there is not run again.
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import threading
@@ -25,7 +27,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from command import cores, machine, measured
-from nanogpt import CPU_RECIPE, Peer, Settings
+from nanogpt import CPU_RECIPE, Peer, Settings, step_seconds
 from texts import TEXTS, six_texts
 
 Row = dict[str, Any]
@@ -44,7 +46,7 @@ WARMUP = 0.05  # of its steps, as 100 of its recipe's 2,000
 CHECKPOINTS = 8
 LEAST, AIM = 0.97, 1.01  # of the budget, in CPU seconds
 ATTEMPTS = 4
-FEW, MORE = 8, 24  # steps of the two short runs that measure a step
+PROBE = 24  # steps of the short run that measures one
 SHOWN = ("learning_rate", "bits_per_byte", "steps", "wall_seconds", "cpu_seconds", "start_seconds", "step_seconds")
 KEY = ("name", "text", "minutes", "learning_rate")
 
@@ -186,12 +188,11 @@ class Nanogpt:
         return Peer.copied(self.checkout, Path(folder, "nanogpt"), self.found[cell["text"]].read_text("utf-8"))
 
     def measure(self, cell: Row, core: int) -> Row:
-        """CPU seconds of a step, and of all else (start-up, evaluations, checkpoints), by two short runs."""
+        """Seconds of a step, and CPU seconds of all else (start-up, evaluations, checkpoints), by one short run."""
         with tempfile.TemporaryDirectory() as folder:
-            peer = self.peer(cell, folder)
-            few, more = (peer.train(settings(cell, steps), core)[1]["cpu_seconds"] for steps in (FEW, MORE))
-        step = (more - few) / (MORE - FEW)
-        return {**cell, "start_seconds": round(few - FEW * step, 3), "step_seconds": round(step, 5)}
+            output, used = self.peer(cell, folder).train({**settings(cell, PROBE), "log_interval": 1}, core)
+        step = statistics.median(step_seconds(output))
+        return {**cell, "start_seconds": round(used["cpu_seconds"] - PROBE * step, 3), "step_seconds": round(step, 5)}
 
     def cell(self, cell: Row, core: int) -> Row:
         """Train one; again with more steps where its CPU seconds fell short of the budget.

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -37,10 +38,12 @@ class Peer:
 
     @classmethod
     def copied(cls, checkout: Path, folder: Path, text: str) -> "Peer":
-        """The copy in `folder`; each of its checkpoints gets a name of its own, so that the best can be found."""
+        """The copy in `folder`; each of its checkpoints gets a name of its own, so that the best can be found,
+        and its seed comes from outside."""
         shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns(".git"))
         script = folder / "train.py"
-        script.write_text(script.read_text().replace("'ckpt.pt'))", "f'ckpt-{iter_num}.pt'))"))
+        lines = script.read_text().replace("'ckpt.pt'))", "f'ckpt-{iter_num}.pt'))")
+        script.write_text(lines.replace("manual_seed(1337", "manual_seed(int(os.environ['SEED'])"))
         training, held_out = cut(text)
         letters = sorted(set(text))
         ids = {letter: number for number, letter in enumerate(letters)}
@@ -50,12 +53,14 @@ class Peer:
         (folder / FOLDER / "meta.pkl").write_bytes(pickle.dumps(meta))
         return cls(folder, held_out)
 
-    def train(self, settings: Settings, core: int | None = None) -> tuple[str, dict[str, float]]:
+    def train(self, settings: Settings, core: int | None = None, seed: int = 1337) -> tuple[str, dict[str, float]]:
         """Train it; what it printed, and its wall and CPU seconds."""
         for old in (self.folder / OUT).glob("*.pt"):
             old.unlink()
         flags = [f"--{name}={value}" for name, value in settings.items()]
-        return measured([sys.executable, "train.py", "config/train_shakespeare_char.py", *flags], self.folder, core)
+        return measured(
+            [sys.executable, "train.py", "config/train_shakespeare_char.py", *flags], self.folder, core, SEED=str(seed)
+        )
 
     def loss(self) -> tuple[float, int]:
         """Nats per character over the whole held-out text of its best checkpoint, and that one's step.
@@ -82,6 +87,23 @@ class Peer:
         """Nats per character as bits per byte of what was predicted: all but the first character."""
         predicted = self.held_out[1:]
         return loss * len(predicted) / np.log(2) / len(predicted.encode())
+
+
+def step_seconds(output: str) -> list[float]:
+    """The seconds of each step that its log tells of; those with an evaluation or a checkpoint include it."""
+    return [float(found) / 1000 for found in re.findall(r"^iter \d+: .*time ([\d.]+)ms", output, re.MULTILINE)]
+
+
+def estimates(output: str, wall_seconds: float) -> list[tuple[float, float]]:
+    """(seconds since its start, its own estimate of the held-out loss) of a run that logged every step."""
+    steps = step_seconds(output)
+    at, found, number = wall_seconds - sum(steps), [], 0  # the start: what its steps do not account for
+    for line in output.splitlines():
+        if line.startswith("iter "):
+            at, number = at + steps[number], number + 1
+        elif estimate := re.match(r"step \d+: .*val loss ([\d.]+)", line):
+            found.append((round(at, 2), float(estimate[1])))
+    return found
 
 
 def evaluated(folder: Path, step: int) -> float:
