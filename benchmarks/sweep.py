@@ -1,0 +1,339 @@
+"""The sweep that the planner's recipes and predictions are fitted to: texts, sizes of text, times and recipes.
+
+    python benchmarks/sweep.py [--minutes 0.25 1] [--families modern ngram] [--workers 2] [--until CORE_MINUTES]
+    python benchmarks/sweep.py --fit      writes quire/planning/recipes.json
+    python benchmarks/sweep.py --plot     draws docs/sweep.png
+
+A cell is one recipe trained on one text, cut to a size, for so many core-minutes: seconds of training steps on one
+core, so that evaluations and other programs beside it do not count. It begins by measuring the CPU seconds of a step,
+and from that takes the number of steps. Each cell is a line of benchmarks/results/sweep.jsonl, and one that is there is
+not done again: stop it and call it again at will. The cheapest and most telling cells come first.
+
+None of the six texts of benchmarks/plan_honesty.py is among those fitted to.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from command import ROOT
+
+from quire.planning.recipes import TABLE, features, table
+
+RESULTS = ROOT / "benchmarks" / "results" / "sweep.jsonl"
+SHARED = ROOT.parent / "shared" / "data"
+MINUTES = [0.25, 1.0, 3.0, 10.0, 30.0]
+SIZES = [20_000, 200_000, 1_000_000, 5_000_000, 100_000_000]
+TEXTS = {  # where each comes from: a file in ../shared/data, a corpus of Quire's with its first byte, or code
+    "tiny-shakespeare": "tinyshakespeare.txt",
+    "king-james": "king-james",
+    "shakespeare": "shakespeare",
+    "wikitext2": "wikitext2_test.txt",
+    "names": "names.txt",
+    "code": "packages",
+    "enwik8-later": "enwik8",
+}
+LATER = 20_000_000  # enwik8 is taken from here on: its first megabytes are one of the six texts
+PENALTY = 0.02  # of the regression's coefficients, which keeps them small where cells are few
+
+
+def cells(minutes: list[float], families: list[str]) -> Iterator[dict[str, Any]]:
+    """What to train, the cheapest and most telling first. Long cells have few recipes and few texts."""
+    recipes = [name for name in table()["recipes"] if table()["recipes"][name]["model"]["kind"] in families]
+    for budget in sorted(minutes):
+        for size, text in places(budget):
+            for name in recipes:
+                if suits(table()["recipes"][name], budget, size):
+                    yield {"text": text, "bytes": size, "minutes": budget, "recipe": name}
+
+
+def places(budget: float) -> list[tuple[int, str]]:
+    """The sizes and texts of a time."""
+    texts = {
+        20_000: ["tiny-shakespeare", "code", "names"],
+        200_000: ["king-james", "code", "names"],
+        1_000_000: ["tiny-shakespeare", "wikitext2", "code"],
+        5_000_000: ["shakespeare", "enwik8-later", "code"],
+        100_000_000: ["enwik8-later"],
+    }
+    few = 3 if budget <= 1 else 2 if budget <= 3 else 1
+    order = [1_000_000, 20_000, 5_000_000, 200_000, 100_000_000]
+    if budget == min(MINUTES):
+        order = order[:-1]  # reading 100 MB takes as long
+    return [(size, text) for size in order for text in texts[size][:few]]
+
+
+def suits(recipe: dict[str, Any], budget: float, size: int) -> bool:
+    """Whether a recipe may be the best one there: neither far too large for the time nor far too small."""
+    model, training = recipe["model"], recipe["training"]
+    weight = model["layers"] * model["embedding_size"] ** 2 / 1000  # 1x64: 4, 3x96: 28, 4x128: 66, 6x192: 221
+    if training.get("tokenizer") == "byte-bpe" and (size < 1_000_000 or budget < 1):
+        return False
+    if model.get("dropout") and (size > 1_000_000 or budget < 1):
+        return False
+    low, high = {0.25: (0, 30), 1.0: (0, 70), 3.0: (20, 70), 10.0: (20, 230), 30.0: (50, 230)}[budget]
+    return low <= weight <= high
+
+
+def train(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train one cell in a process of its own, with one thread; its line."""
+    text = folder / f"{cell['text']}-{cell['bytes']}.txt"
+    words = [sys.executable, str(Path(__file__)), "--cell", json.dumps({**cell, "file": str(text)})]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        return {**cell, "failed": (done.stderr.strip().splitlines() or ["?"])[-1]}
+    return {**cell, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def trained(cell: dict[str, Any]) -> dict[str, Any]:
+    """One cell, in this process: measured, trained, and the text counted."""
+    import torch
+
+    import quire
+    from quire.planning.machine import measured
+    from quire.planning.measure import measure
+    from quire.training.settings import Settings, layered, typed
+    from quire.training.texts import load_data
+    from quire.training.train import fitted
+
+    recipe, path = table()["recipes"][cell["recipe"]], cell["file"]
+    flags = {**recipe, "data": {"text": [path]}, "training": {**recipe["training"], "threads": 1}}
+    torch.set_num_threads(1)
+    settings: Settings = typed(layered("default", None, {**flags, "training": {**flags["training"], "steps": 1}}))
+    settings, prepared = fitted(*load_data(settings)[:2])
+    text = measure(prepared)
+    seconds = 60 * cell["minutes"]
+    (speed,) = measured(settings, prepared, torch.device("cpu"), min(5.0, 0.2 * seconds), (1,))
+    steps = max(20, round(seconds / speed.cpu_seconds))
+    training = {**flags["training"], "steps": steps, "evaluation_interval": max(10, steps // 5), "sample_tokens": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        run = quire.train(path, run=Path(folder) / "run", model=recipe["model"], device="cpu", **training)
+        lines = [line for line in run.metrics() if line.get("validation_loss") is not None]
+    best = min(lines, key=lambda line: line["validation_loss"])
+    return {
+        "training_bytes": text.bytes,
+        "steps": steps,
+        "step_seconds": round(speed.cpu_seconds, 5),
+        "cpu_seconds": round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 1),
+        "bits_per_byte": round(best["validation_bits_per_byte"], 4),
+        "best_step": best["step"],
+        "last_bits_per_byte": round(lines[-1]["validation_bits_per_byte"], 4),
+        "vocabulary": prepared.tokenizer.vocabulary_size,
+        "counted": [round(bits, 4) for bits in text.counted],
+    }
+
+
+def write_text(name: str, size: int, folder: Path) -> None:
+    """One of the texts, cut to a size in bytes, as a file."""
+    path = folder / f"{name}-{size}.txt"
+    if path.exists():
+        return
+    source = TEXTS[name]
+    if source == "packages":
+        data = installed_code(size)
+    elif source.endswith(".txt"):
+        data = (SHARED / source).read_bytes()
+    else:
+        from quire.data.corpora import CORPORA
+        from quire.sources import fetch
+
+        data = b"\n".join(piece for _, piece in fetch(CORPORA[source]))
+    start = LATER if name == "enwik8-later" and size < LATER else 0
+    path.write_text(data[start : start + size].decode("utf-8", "ignore"), encoding="utf-8", newline="\n")
+
+
+def installed_code(size: int) -> bytes:
+    """Python code of installed packages (torch and what it needs), in the order of their names."""
+    import torch
+
+    parts, total = [], 0
+    for path in sorted(Path(torch.__file__).parents[1].glob("[a-z]*/**/*.py")):
+        parts.append(path.read_bytes())
+        total += len(parts[-1])
+        if total > size:
+            break
+    return b"\n".join(parts)
+
+
+def campaign(given: argparse.Namespace) -> None:
+    """Train the cells that have no line yet."""
+    done = {key(line) for line in read()}
+    waiting = [cell for cell in cells(given.minutes, given.families) if key(cell) not in done]
+    spent = 0.0
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.workers) as pool:
+        while waiting and (not given.until or spent < given.until):
+            batch, waiting = waiting[: given.workers], waiting[given.workers :]
+            for cell in batch:
+                write_text(cell["text"], cell["bytes"], Path(folder))
+            for line in pool.map(lambda cell: train(cell, Path(folder)), batch):
+                spent += line.get("cpu_seconds", 0) / 60
+                shown = line.get("bits_per_byte", line.get("failed"))
+                print(f"{line['minutes']:6} {line['bytes']:11,} {line['text']:18}{line['recipe']:28}{shown}", flush=True)
+                if "failed" not in line:
+                    with RESULTS.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
+
+
+def read() -> list[dict[str, Any]]:
+    """The lines there are."""
+    return [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()] if RESULTS.exists() else []
+
+
+def key(cell: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes a cell the same one."""
+    return cell["text"], cell["bytes"], cell["minutes"], cell["recipe"]
+
+
+def fit() -> None:
+    """Write choices, steps' seconds and coefficients into the planner's table."""
+    lines, found = read(), dict(table())
+    family = {name: recipe["model"]["kind"] for name, recipe in found["recipes"].items()}
+    lines = [line for line in lines if line["recipe"] in family]
+    found["step_seconds"] = {
+        name: round(float(np.median(own)), 5)
+        for name in family
+        if (own := [line["step_seconds"] for line in lines if line["recipe"] == name])
+    }
+    found["choices"], found["predictions"] = [], {}
+    for kind in dict.fromkeys(family.values()):
+        own = [line for line in lines if family[line["recipe"]] == kind]
+        groups: dict[tuple[float, int], list[dict[str, Any]]] = {}
+        for line in own:
+            groups.setdefault((line["minutes"], line["bytes"]), []).append(line)
+        for (minutes, size), group in sorted(groups.items()):
+            place = {"family": kind, "core_seconds": 60 * minutes, "bytes": size, "recipe": winner(group)}
+            found["choices"].append(place)
+        if own:
+            found["predictions"][kind] = regression(best_of(own))
+    found["machine"] = {"platform": platform.platform(), "cells": len(lines)}
+    TABLE.write_text(spelled(found), encoding="utf-8")
+
+
+def winner(group: list[dict[str, Any]]) -> str:
+    """The recipe with the lowest bits per byte of a time and size, relative to the best of each text, on average."""
+    texts = {line["text"] for line in group}
+    best = {text: min(line["bits_per_byte"] for line in group if line["text"] == text) for text in texts}
+    scores: dict[str, list[float]] = {}
+    for line in group:
+        scores.setdefault(line["recipe"], []).append(float(np.log(line["bits_per_byte"] / best[line["text"]])))
+    whole = {name: own for name, own in scores.items() if len(own) == max(map(len, scores.values()))}
+    return min(whole, key=lambda name: float(np.mean(whole[name])))
+
+
+def best_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each text, size and time the best line: what the planner's choice should come to."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in lines:
+        place = key(line)[:3]
+        if place not in found or line["bits_per_byte"] < found[place]["bits_per_byte"]:
+            found[place] = line
+    return list(found.values())
+
+
+def regression(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ridge regression of ln(bits per byte / the best counted ones); the deviation is that of texts left out."""
+    inputs = np.array([features(60 * line["minutes"], line["training_bytes"], line["counted"]) for line in lines])
+    targets = np.array([np.log(line["bits_per_byte"] / min(line["counted"])) for line in lines])
+    texts = np.array([line["text"] for line in lines])
+    errors = []
+    for text in dict.fromkeys(texts):
+        if (texts != text).any():
+            errors += list(inputs[texts == text] @ ridge(inputs[texts != text], targets[texts != text]))
+            errors[-(texts == text).sum() :] -= targets[texts == text]
+    times, sizes = [60 * line["minutes"] for line in lines], [line["training_bytes"] for line in lines]
+    return {
+        "coefficients": [round(float(value), 6) for value in ridge(inputs, targets)],
+        "deviation": round(float(np.sqrt(np.mean(np.square(errors)))) if errors else 0.1, 4),
+        "core_seconds": [min(times), max(times)],
+        "bytes": [min(sizes), max(sizes)],
+        "cells": len(lines),
+    }
+
+
+def ridge(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Least squares with a penalty on all coefficients but the first, of inputs brought to one scale."""
+    middle, scale = inputs[:, 1:].mean(0), inputs[:, 1:].std(0) + 1e-9
+    z = np.column_stack([np.ones(len(inputs)), (inputs[:, 1:] - middle) / scale])
+    penalty = PENALTY * len(inputs) * np.diag([0.0] + [1.0] * (z.shape[1] - 1))
+    solved = np.linalg.solve(z.T @ z + penalty, z.T @ targets)
+    slopes = solved[1:] / scale
+    return np.concatenate([[solved[0] - slopes @ middle], slopes])
+
+
+def spelled(found: dict[str, Any]) -> str:
+    """JSON with a line for each recipe and choice."""
+    rows = []
+    for name, value in found.items():
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(f"  {json.dumps(item)}" for item in value) + "\n ]"
+        else:
+            lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(item)}" for key, item in value.items())
+            text = f"{{\n{lines}\n }}"
+        rows.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(rows) + "\n}\n"
+
+
+def plot(path: Path) -> None:
+    """Bits per byte over core-minutes, a panel for each size of text: the best of each family and text."""
+    from matplotlib.figure import Figure
+
+    lines = read()
+    family = {name: recipe["model"]["kind"] for name, recipe in table()["recipes"].items()}
+    sizes = sorted({line["bytes"] for line in lines})
+    figure = Figure(figsize=(4 * len(sizes), 4), dpi=100, layout="constrained")
+    for axes, size in zip(np.atleast_1d(figure.subplots(1, len(sizes))), sizes, strict=True):
+        own = [line for line in lines if line["bytes"] == size]
+        for number, text in enumerate(sorted({line["text"] for line in own})):
+            for kind, style in (("modern", "o-"), ("ngram", "s--")):
+                best = sorted(best_of([line for line in own if line["text"] == text and family[line["recipe"]] == kind]),
+                              key=lambda line: line["minutes"])  # fmt: skip
+                points = [(line["minutes"], line["bits_per_byte"]) for line in best]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=f"{text}, {kind}")
+            counted = min(next(line for line in own if line["text"] == text)["counted"])
+            axes.axhline(counted, color=f"C{number}", linestyle=":", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_title(f"{size:,} bytes")
+        axes.set_xlabel("core-minutes of training")
+        axes.set_ylabel("held-out bits per byte (dotted: counted)")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=7)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Run the campaign, or fit, or draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, nargs="+", default=MINUTES, choices=MINUTES)
+    parser.add_argument("--families", nargs="+", default=["modern", "ngram"])
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time, one thread each")
+    parser.add_argument("--until", type=float, default=0.0, help="stop after so many core-minutes; 0: never")
+    parser.add_argument("--fit", action="store_true", help="write the planner's table from the lines there are")
+    parser.add_argument("--plot", action="store_true", help="draw docs/sweep.png from the lines there are")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)  # one cell as JSON, in a process of its own
+    given = parser.parse_args()
+    if given.cell:
+        print(json.dumps(trained(json.loads(given.cell))))
+    elif given.fit or given.plot:
+        fit() if given.fit else None
+        plot(ROOT / "docs" / "sweep.png") if given.plot else None
+    else:
+        began = time.perf_counter()
+        campaign(given)
+        print(f"{time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What fits this machine, this text and this time: said before any of it is spent."""

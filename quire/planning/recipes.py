@@ -1,0 +1,69 @@
+"""The recipes, and which of them suits a text and a time: a table fitted by benchmarks/sweep.py.
+
+A core-second here is a second of training steps on one core of the machine that the sweep ran on. Other machines and
+threads are compared by measuring: a step of a recipe took `step_seconds` there.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quire.config import Table
+
+TABLE = Path(__file__).with_name("recipes.json")
+FAMILIES = {"modern": "a pure Transformer", "ngram": "a Transformer with n-gram tables"}
+OCTAVES_A_SIZE = 0.5  # how much a factor of two in the text's size counts, beside one in the time
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bits per byte of the held-out text, with a range that two in three cells of the sweep lay in, left out of the
+    fit; `extrapolated` where time or text are outside what was measured."""
+
+    bits_per_byte: float
+    low: float
+    high: float
+    extrapolated: bool
+
+
+@cache
+def table() -> Table:
+    """recipes.json: `recipes` by name, their `step_seconds`, `choices` by time and size, `predictions` by family."""
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def chosen(family: str, core_seconds: float, size: int) -> str:
+    """The name of the recipe that did best where the sweep measured nearest to this time and size of text in bytes."""
+    places = [place for place in table()["choices"] if place["family"] == family]
+    if not places:
+        return next(name for name, recipe in table()["recipes"].items() if recipe["model"]["kind"] == family)
+
+    def distance(place: Any) -> float:
+        time = math.log2(max(core_seconds, 1.0) / place["core_seconds"])
+        return abs(time) + OCTAVES_A_SIZE * abs(math.log2(max(size, 1) / place["bytes"]))
+
+    return min(places, key=distance)["recipe"]
+
+
+def features(core_seconds: float, size: int, counted: list[float]) -> np.ndarray:
+    """What the bits per byte are predicted from: (7,). `counted` are those of Kneser-Ney at the orders 2 to 6."""
+    time, length, best = math.log(core_seconds), math.log(size), min(counted)
+    order = math.log(counted[0] / best)
+    return np.array([1.0, time, time**2, length, time * length, math.log(best), order])
+
+
+def predicted(family: str, core_seconds: float, size: int, counted: list[float]) -> Prediction | None:
+    """The bits per byte to expect; None where the sweep has nothing of this family."""
+    found = table()["predictions"].get(family)
+    if found is None or core_seconds <= 0:
+        return None
+    center = min(counted) * math.exp(float(features(core_seconds, size, counted) @ np.array(found["coefficients"])))
+    spread = math.exp(found["deviation"])
+    ranges = ((core_seconds, found["core_seconds"]), (size, found["bytes"]))
+    outside = any(not low / 1.5 <= value <= high * 1.5 for value, (low, high) in ranges)
+    return Prediction(center, center / spread, center * spread, outside)
