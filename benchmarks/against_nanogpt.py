@@ -188,9 +188,10 @@ class Nanogpt:
         return Peer.copied(self.checkout, Path(folder, "nanogpt"), self.found[cell["text"]].read_text("utf-8"))
 
     def measure(self, cell: Row, core: int) -> Row:
-        """Seconds of a step, and CPU seconds of all else (start-up, evaluations, checkpoints), by one short run."""
+        """CPU seconds of a step, and of all else (start-up, evaluations, checkpoints), by one short run."""
         with tempfile.TemporaryDirectory() as folder:
-            output, used = self.peer(cell, folder).train({**settings(cell, PROBE), "log_interval": 1}, core)
+            probe = {**settings(cell, PROBE), "log_interval": 1}
+            output, used = self.peer(cell, folder).train(probe, core, clock="process_time")
         step = statistics.median(step_seconds(output))
         return {**cell, "start_seconds": round(used["cpu_seconds"] - PROBE * step, 3), "step_seconds": round(step, 5)}
 

@@ -1,4 +1,4 @@
-"""Whole runs on one text, Quire's and its peers', each made once and kept in a JSON file, for claims that share them."""
+"""Whole runs on one text, of Quire and its peers, each made once and kept in a JSON file: claims share them."""
 
 import json
 import math

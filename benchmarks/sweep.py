@@ -180,7 +180,9 @@ def campaign(given: argparse.Namespace) -> None:
             for line in pool.map(lambda cell: train(cell, Path(folder)), batch):
                 spent += line.get("cpu_seconds", 0) / 60
                 shown = line.get("bits_per_byte", line.get("failed"))
-                print(f"{line['minutes']:6} {line['bytes']:11,} {line['text']:18}{line['recipe']:28}{shown}", flush=True)
+                print(
+                    f"{line['minutes']:6} {line['bytes']:11,} {line['text']:18}{line['recipe']:28}{shown}", flush=True
+                )
                 if "failed" not in line:
                     with RESULTS.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
