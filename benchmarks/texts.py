@@ -185,8 +185,8 @@ def six_texts(folder: Path, makers: dict[str, Callable[[], tuple[str, str]]] = T
             except (Missing, UserError, OSError) as problem:
                 print(f"{name} is left out: {problem}", file=sys.stderr)
                 continue
-            data = text.replace("\r\n", "\n").replace("\r", "\n").encode()
-            path.write_bytes(data)
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+            path.write_bytes(data := text.encode())
             about[name] = {
                 "from": origin, "bytes": len(data), "characters": len(text), "symbols": len(set(text)),
                 "sha256": hashlib.sha256(data).hexdigest(),
