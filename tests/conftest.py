@@ -27,7 +27,7 @@ TINY = shlex.split(
 WORDS = shlex.split("the owl calls upon a night and speaks to none but café or 森 while rivers run below their stones")
 SMALL = {  # those of these fields that a model's settings have
     "vocabulary_size": 13, "context_length": 12, "separator": 12, "embedding_size": 16, "hidden_size": 16, "layers": 3,
-    "heads": 4, "kv_heads": 2, "feedforward_size": 24, "window": 4,
+    "heads": 4, "kv_heads": 2, "feedforward_size": 24, "window": 4, "ngram_orders": (2, 3, 5), "ngram_rows": 256,
     "stack": ({"kind": "embedding", "size": 16}, {"kind": "lstm", "size": 12}, {"kind": "attention"},
               {"kind": "gru", "normalization": "rmsnorm"}, {"kind": "block", "heads": 2}, {"kind": "layernorm"}),
 }  # fmt: skip

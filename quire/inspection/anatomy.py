@@ -115,7 +115,7 @@ def held_out_gradient(run: Run, model: Any) -> Gradient | None:
     model.zero_grad(set_to_none=True)
     loss = engine.backpropagate(model, batch.to(next(model.parameters()).device), 1.0)
     norms = {
-        name: float(torch.linalg.vector_norm(parameter.grad.double()))
+        name: float(torch.linalg.vector_norm(parameter.grad.to_dense().double()))
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }

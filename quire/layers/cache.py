@@ -112,7 +112,7 @@ class KeyValueCache(Past):
 
     def reordered(self, rows: Tensor) -> "KeyValueCache":
         """A new cache whose row i is this one's row rows[i]; rows may repeat or be left out."""
-        other = object.__new__(KeyValueCache)
+        other = object.__new__(type(self))
         other.take(self, rows)
         other.reaches, other.capacity = self.reaches, self.capacity
         other.keys, other.values = [kept[rows] for kept in self.keys], [kept[rows] for kept in self.values]

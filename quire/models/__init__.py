@@ -6,6 +6,7 @@ from quire.errors import choose
 from quire.models.encoder_decoder import EncoderDecoder
 from quire.models.gpt import GPT
 from quire.models.modern import Modern
+from quire.models.ngram import Ngram
 from quire.models.recurrent import Recurrent
 from quire.models.settings import ModelSettings
 from quire.models.sparse import Sparse
@@ -15,6 +16,7 @@ MODELS: dict[str, Any] = {
     "gpt": GPT,
     "modern": Modern,
     "sparse": Sparse,
+    "ngram": Ngram,
     "recurrent": Recurrent,
     "stack": Stack,
     "encoder-decoder": EncoderDecoder,

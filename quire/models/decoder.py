@@ -74,6 +74,8 @@ class DecoderSettings(ModelSettings):
 class Decoder(Layer):
     """Tokens (B, T) in; logits (B, T, V) out, or the mean loss where targets are given."""
 
+    Cache = KeyValueCache
+
     def __init__(
         self,
         settings: DecoderSettings,
@@ -155,7 +157,7 @@ class Decoder(Layer):
         positions = sight.positions[..., -new:]  # (T), or (B, T) where rows differ
         angles = self.rotary.angles(positions) if self.rotary is not None else None
 
-        x = self.token_embedding(tokens) * self.embedding_scale  # (B, T, C)
+        x = self.embed(tokens, cache, mask, begins)  # (B, T, C)
         if self.positions is not None:
             x = x + self.positions(positions).to(x.dtype)
             self.save(positions.dim())
@@ -184,11 +186,19 @@ class Decoder(Layer):
             (dimensions,) = self.saved()
             # One row of positions serves every row of the batch: its gradient is their sum.
             self.positions.backward(gradient.sum(0) if dimensions == 1 else gradient)
-        self.token_embedding.backward(gradient * self.embedding_scale)
+        self.embed_backward(gradient)
+
+    def embed(self, tokens: Tensor, cache: KeyValueCache | None, mask: Tensor | None, begins: Tensor | None) -> Tensor:
+        """The vectors (B, T, C) of new tokens; `mask` and `begins` (B, S) are of those in the cache too."""
+        return self.token_embedding(tokens) * self.embedding_scale
+
+    def embed_backward(self, grad: Tensor) -> None:
+        """Undo `embed`."""
+        self.token_embedding.backward(grad * self.embedding_scale)
 
     def new_cache(self, batch: int) -> KeyValueCache:
         """An empty cache for `batch` rows of up to context_length positions."""
         settings, weight = self.settings, self.token_embedding.weight
         reaches = [pattern.reach for pattern in self.patterns]
         heads, channels = settings.kv_heads or settings.heads, settings.head_channels
-        return KeyValueCache(reaches, batch, heads, settings.context_length, channels, weight.device, weight.dtype)
+        return self.Cache(reaches, batch, heads, settings.context_length, channels, weight.device, weight.dtype)

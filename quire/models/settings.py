@@ -25,6 +25,10 @@ class ModelSettings:
         begins = tokens == self.separator
         return begins if mask is None else begins & mask
 
+    def sized(self, tokens: int) -> "ModelSettings":
+        """The same for a training text of so many tokens, where a size is to follow from that."""
+        return self
+
     @property
     def named(self) -> str:
         """Its kind as a sentence has it: "a gpt model"."""

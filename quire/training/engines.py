@@ -97,7 +97,7 @@ class Manual:
             # mean of the others; a parameter that no process has a gradient for keeps none.
             there = torch.tensor([parameter.grad is not None for parameter in bucket]).to(bucket[0])
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-            flat = torch.cat([there, *(grad.flatten() for grad in grads)])
+            flat = torch.cat([there, *(grad.to_dense().flatten() for grad in grads)])
             torch.distributed.all_reduce(flat)  # the sum: not every backend knows the mean
             has, *means = flat.split([len(bucket), *(parameter.numel() for parameter in bucket)])
             for parameter, anywhere, mean in zip(bucket, has.tolist(), means, strict=True):

@@ -65,7 +65,7 @@ def inherited(base: Run) -> Table:
     table = {name: dict(part) for name, part in base.config.items()}
     training = table.setdefault("training", {})
     training |= {**dict.fromkeys(LENGTHS, 0), "decisions": "", "curriculum": [], "tokenizer": str(base.path)}
-    for name in ("learning_rate", "matrix_learning_rate"):
+    for name in ("learning_rate", "matrix_learning_rate", "table_learning_rate"):
         if name in training:
             training[name] *= GENTLER
     table.setdefault("data", {}).update(text=[], pairs="", validation="", unknown="error")

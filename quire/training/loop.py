@@ -33,7 +33,7 @@ from quire.training.clock import Clock
 from quire.training.curriculum import Curriculum
 from quire.training.curves import curve
 from quire.training.engines import ENGINES
-from quire.training.optimizers import OPTIMIZERS, set_learning_rates
+from quire.training.optimizers import OPTIMIZERS, set_learning_rates, split_tables
 from quire.training.precision import Precision, compiled
 from quire.training.schedules import SCHEDULES, warmed_up
 from quire.training.settings import TrainingSettings
@@ -124,7 +124,8 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         clip = settings.gradient_clip or math.inf
-        self.gradient_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
+        # n-gram tables are left out: their Adagrad scales each gradient by its own history in any case.
+        self.gradient_norm = float(nn.utils.clip_grad_norm_(split_tables(self.model)[1], clip))
         self.step_optimizers(float(loss))
         self.model.zero_grad(set_to_none=True)
         state.step += 1

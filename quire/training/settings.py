@@ -32,6 +32,7 @@ class TrainingSettings:
     optimizer: str = "adamw"  # adamw, adam, sgd or muon
     learning_rate: float = 6e-4  # at its peak
     matrix_learning_rate: float = 0.02  # muon: at its peak, for the matrices; learning_rate is for the rest
+    table_learning_rate: float = 0.1  # of n-gram tables, at its peak: they have an Adagrad of their own
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9  # adam, adamw: decay of the mean of gradients
     beta2: float = 0.95  # adam, adamw: decay of the mean of squared gradients
@@ -62,8 +63,8 @@ class TrainingSettings:
         for name in ("batch_size", "accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
-        for name in (*LENGTHS, "learning_rate", "matrix_learning_rate", "weight_decay", "gradient_clip", "warmup_steps",
-                     "evaluation_interval", "sample_tokens", "patience", "seed", "threads",
+        for name in (*LENGTHS, "learning_rate", "matrix_learning_rate", "table_learning_rate", "weight_decay", "gradient_clip",
+                     "warmup_steps", "evaluation_interval", "sample_tokens", "patience", "seed", "threads",
                      "vocabulary_size"):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(

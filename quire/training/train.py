@@ -243,6 +243,7 @@ def fitted(settings: Settings, prepared: Prepared) -> tuple[Settings, Prepared]:
     vocabulary, context = prepared.tokenizer.vocabulary_size, settings.model.context_length
     if settings.data.pairs:
         settings = settings.with_model(vocabulary_size=vocabulary, separator=prepared.tokenizer.separator)
+        settings = replace(settings, model=settings.model.sized(len(prepared.training)))
         return settings, fitting_pairs(settings, prepared)
     predictions = len(prepared.training) - 1
     if predictions < SHORTEST_CONTEXT:
@@ -256,7 +257,8 @@ def fitted(settings: Settings, prepared: Prepared) -> tuple[Settings, Prepared]:
     training = settings.training
     Curriculum(training.curriculum, prepared.training, context, training.seed, prepared.ranges)  # refused before a run
     separator = prepared.tokenizer.separator
-    return settings.with_model(vocabulary_size=vocabulary, context_length=context, separator=separator), prepared
+    settings = settings.with_model(vocabulary_size=vocabulary, context_length=context, separator=separator)
+    return replace(settings, model=settings.model.sized(len(prepared.training))), prepared
 
 
 def fitting_pairs(settings: Settings, prepared: Prepared) -> Prepared:
