@@ -122,7 +122,11 @@ def run(cells: Iterable[Row], do: Callable[[Row, int], Row], results: Results, w
             f"{key} {row[key]:.5g}" for key in SHOWN if key in row), flush=True)  # fmt: skip
 
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(one, [cell for cell in cells if not results.done(cell)]))
+        try:
+            list(pool.map(one, [cell for cell in cells if not results.done(cell)]))
+        except BaseException:  # Ctrl-C: the cells that wait are not begun
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 # ---- which cells there are ----------------------------------------------------------------------------------------
@@ -201,7 +205,10 @@ class Nanogpt:
         On a machine busy with other things they may be more than the budget: it has the steps that were measured.
         """
         budget = cell["minutes"] * 60
-        costs = next(row for row in self.results.rows if same(row, {**cell, "minutes": 0.0, "learning_rate": RATES[0]}))
+        measured_as = {**cell, "minutes": 0.0, "learning_rate": RATES[0]}
+        costs = next((row for row in self.results.rows if same(row, measured_as)), None)
+        if costs is None:
+            raise RuntimeError("its steps could not be measured")
         step = costs["step_seconds"]
         with tempfile.TemporaryDirectory() as folder:
             peer = self.peer(cell, folder)
