@@ -71,7 +71,7 @@ def places(budget: float) -> list[tuple[int, str]]:
     order = [1_000_000, 20_000, 5_000_000, 200_000, 100_000_000]
     if budget == min(MINUTES):
         order = order[:-1]  # reading 100 MB takes as long
-    return [(size, text) for size in order for text in texts[size][:few]]
+    return [(size, texts[size][rank]) for rank in range(few) for size in order if rank < len(texts[size])]
 
 
 def suits(recipe: dict[str, Any], budget: float, size: int) -> bool:
@@ -115,7 +115,8 @@ def trained(cell: dict[str, Any]) -> dict[str, Any]:
     settings, prepared = fitted(*load_data(settings)[:2])
     text = measure(prepared)
     seconds = 60 * cell["minutes"]
-    (speed,) = measured(settings, prepared, torch.device("cpu"), min(5.0, 0.2 * seconds), (1,))
+    speed = measured(settings, prepared, torch.device("cpu"), min(5.0, 0.2 * seconds), 1)
+    assert speed.cpu_seconds is not None
     steps = max(20, round(seconds / speed.cpu_seconds))
     training = {**flags["training"], "steps": steps, "evaluation_interval": max(10, steps // 5), "sample_tokens": 0}
     with tempfile.TemporaryDirectory() as folder:
@@ -299,8 +300,8 @@ def plot(path: Path) -> None:
         own = [line for line in lines if line["bytes"] == size]
         for number, text in enumerate(sorted({line["text"] for line in own})):
             for kind, style in (("modern", "o-"), ("ngram", "s--")):
-                best = sorted(best_of([line for line in own if line["text"] == text and family[line["recipe"]] == kind]),
-                              key=lambda line: line["minutes"])  # fmt: skip
+                same = [line for line in own if line["text"] == text and family[line["recipe"]] == kind]
+                best = sorted(best_of(same), key=lambda line: line["minutes"])
                 points = [(line["minutes"], line["bits_per_byte"]) for line in best]
                 if points:
                     axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=f"{text}, {kind}")

@@ -25,6 +25,7 @@ _FACE = {
     "train": "quire.training.train",
     "resume": "quire.training.train",
     "finetune": "quire.training.finetune",
+    "plan": "quire.planning.plan",
     "generate": "quire.generation.generate",
     "evaluate": "quire.evaluation.evaluate",
     "load_tokenizer": "quire.tokenizers",

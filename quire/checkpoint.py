@@ -63,6 +63,16 @@ def save(folder: Path, model: Tensors, training: Tensors, state: dict[str, Any])
     files.replace_folder(folder, write)
 
 
+def save_again(folder: Path, origin: Path) -> None:
+    """Replace `folder` by the checkpoint just saved in `origin`, whole or not at all, without writing it again."""
+
+    def write(new: Path) -> None:
+        for name in (MODEL, TRAINING, STATE):
+            files.same_file(origin / name, new / name)
+
+    files.replace_folder(folder, write)
+
+
 def load(folder: Path, training: bool = True) -> Checkpoint:
     """The checkpoint in `folder`, every byte checked; damage is a UserError that names the file and the tensor.
 

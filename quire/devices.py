@@ -113,3 +113,30 @@ def peak_memory(device: Any) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "alloc_failed",
+    "bad_alloc",
+)  # CUDA, MPS; CPU; cuBLAS, cuDNN; C++
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of this machine or of its GPU."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in said for word in NO_MEMORY)
+    )
+
+
+def release_memory(device: Any) -> None:
+    """Give back what torch keeps for later, so that other sizes find room."""
+    import gc
+
+    import torch
+
+    gc.collect()  # an error that was caught may hold the layers' results in a circle
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()

@@ -220,6 +220,16 @@ def replace_folder(path: Path, writer: Callable[[Path], object]) -> None:
     remove(old)
 
 
+def same_file(old: Path, new: Path) -> None:
+    """Give a finished file, which is only ever replaced, a second name; a copy where the file system has no links."""
+    operation("write", new)
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copyfile(old, new)
+        _sync(new)
+
+
 def complete_folder(path: Path, last_file: str) -> Path | None:
     """The first of NAME, NAME.new, NAME.old that holds `last_file`, the file its writer writes last."""
     for name in (*_names(path), path):  # path again: it may have been renamed into place since the first look

@@ -8,6 +8,7 @@ from quire.evaluation.translations import shown
 from quire.generation.generate import GenerationSettings, Writer
 from quire.progress import say
 from quire.run import Run
+from quire.training.journal import sample_of
 from quire.training.settings import TrainingSettings
 from quire.training.verdict import verdict
 
@@ -28,11 +29,13 @@ def show_ending(run: Run, as_json: bool) -> int:
         print_json({**figures, "validation_loss": loss, "bits_per_byte": bits, **before})
         return 0
     if length := run.config["training"].get("sample_tokens", TrainingSettings.sample_tokens):
-        writer = Writer(run)
-        if run.pairs:
-            sample = shown(writer, run.in_pairs(run.validation_tokens()))
-        else:
-            sample = writer.write([""], GenerationSettings(tokens=length, temperature=0.8))[0].text
+        sample = sample_of(run, last["step"]) if best is last else None  # the best model wrote already
+        if sample is None:
+            writer = Writer(run)
+            if run.pairs:
+                sample = shown(writer, run.in_pairs(run.validation_tokens()))
+            else:
+                sample = writer.write([""], GenerationSettings(tokens=length, temperature=0.8))[0].text
         say(f"\nThe model writes:\n\n{sample}\n")
     rate = statistics.median(row["tokens_per_second"] or 0 for row in metrics)
     say(f"Trained {last['step']:,} steps on {last['tokens']:,} tokens in {seconds:.0f} s, at {rate:,.0f} tokens/s.")

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a model on text: quire train book.txt --minutes 5",
     "resume": "continue a run exactly where it stopped, or train a finished one further",
     "finetune": "train a run's model on other text, in a new run: quire finetune RUN TEXT --minutes 2",
+    "plan": "what a training would take and give, before any of it is spent: quire plan book.txt --minutes 5",
     "generate": "let a run's model write",
     "evaluate": "measure a run's model on its held-out text, or on another",
     "plot": "draw the loss curves of runs into a PNG",
@@ -86,6 +87,7 @@ def run(command: str, words: list[str]) -> int:
 
 def explain(error: BaseException) -> int:
     """Say what went wrong; the exit code. What is nobody's mistake but ours is raised again."""
+    from quire.devices import out_of_memory
     from quire.errors import UserError
 
     if isinstance(error, KeyboardInterrupt):
@@ -97,7 +99,7 @@ def explain(error: BaseException) -> int:
         full = error.errno in (errno.ENOSPC, errno.EIO)
         remedy = " What was saved before is whole; make room and try again." if full else ""
         return told(f"quire: {error.strerror}{where}.{remedy}", 2)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+    if out_of_memory(error):
         return told(
             "quire: Out of memory. Take a smaller --batch-size with more --accumulation-steps, a shorter"
             " --model.context-length, or a smaller --model.embedding-size.",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from tyro.conf import FlagConversionOff, OmitArgPrefixes
@@ -10,11 +10,20 @@ from tyro.conf import FlagConversionOff, OmitArgPrefixes
 from quire.cli.ending import show_ending
 from quire.cli.flags import Switch, Texts, parse, value_of
 from quire.cli.main import BEGAN
-from quire.config import PRESETS
+from quire.config import PRESETS, Table, merged
 from quire.data.reading import DataSettings
+from quire.errors import UserError
 from quire.models import ModelSettings
+from quire.planning.plan import Chosen, follow
+from quire.planning.recipes import FAMILIES
+from quire.progress import say
+from quire.run import refuse_existing
 from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
 from quire.training.train import train_run
+
+T = TypeVar("T")
+
+EXPORTABLE, FASTEST = "modern", "ngram"  # the families of recipes
 
 Stages = Annotated[tuple[str, ...], tyro.conf.arg(metavar="STAGE ...", help_behavior_hint="")]
 Preset = Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(PRESETS)}}}")]
@@ -39,8 +48,9 @@ class Arguments:
     """Train a model on TEXT and write it into a run directory. Flags over --config over --preset."""
 
     run: str = ""  # the run directory; without it runs/NAME after the first text
-    preset: Preset = "default"  # where the settings start from; the defaults shown here are this preset's
+    preset: Preset = "default"  # where the settings start from; without it, under --minutes, what the planner chooses
     config: str = ""  # a TOML file over the preset, for example another run's config.toml
+    fastest: Switch = False  # a recipe with n-gram tables: a lower loss, in a model that no other program can load
     json: Switch = False  # print one JSON object on standard output at the end, and nothing else there
     training: OmitArgPrefixes[StagedSettings] = field(default_factory=StagedSettings)
     data: OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
@@ -48,18 +58,71 @@ class Arguments:
 
 
 def run(words: list[str]) -> int:
-    """Parse, train, and show what came of it."""
+    """Parse, plan where only the time is given, train, and show what came of it."""
+    given = arguments(Arguments, words, "train")
+    settings, loaded = settings_of(given), None
+    path = Path(given.run) if given.run else None
+    if wanted := family(words, given):
+        if path is not None:
+            refuse_existing(path)
+
+        def build(recipe: Table) -> Settings:
+            return settings_of(arguments(Arguments, words, "train", recipe))
+
+        settings, loaded, found = follow(build, wanted, BEGAN)
+        say(sentence(found, wanted))
+    trained = train_run(settings, path, BEGAN, loaded)
+    return show_ending(trained, given.json)
+
+
+def arguments(kind: type[T], words: list[str], command: str, recipe: Table | None = None) -> T:
+    """The flags over what stands below them: a preset, a configuration file and a recipe."""
     # What flags change is known only after the layers below them are: preset, configuration file, model kind.
     preset, config = value_of(words, "--preset") or "default", value_of(words, "--config") or ""
-    kind = value_of(words, "--model.kind")
-    table = layered(preset, config, {"model": {"kind": kind}} if kind else {})
+    model = value_of(words, "--model.kind") or ("ngram" if "--fastest" in words else None)
+    table = layered(preset, config, merged(recipe or {}, {"model": {"kind": model}} if model else {}))
     if any(value_of(words, f"--{name}") for name in LENGTHS):  # the length given by flag is the only one
         table["training"] = {**table.get("training", {}), **dict.fromkeys(LENGTHS, 0)}
     base = typed(table)
     text = TextSettings(**vars(base.data))
-    recipe = StagedSettings(**vars(base.training))
-    default = Arguments(preset=preset, config=config, training=recipe, data=text, model=base.model)
-    given = parse(Arguments, words, "train", default)
-    settings = Settings(DataSettings(**vars(given.data)), given.model, TrainingSettings(**vars(given.training)))
-    trained = train_run(settings, Path(given.run) if given.run else None, BEGAN)
-    return show_ending(trained, given.json)
+    training = StagedSettings(**vars(base.training))
+    default = kind(preset=preset, config=config, training=training, data=text, model=base.model)  # type: ignore[call-arg]
+    return parse(kind, words, command, default)
+
+
+def settings_of(given: Any) -> Settings:
+    """The finished settings of a command's flags."""
+    return Settings(DataSettings(**vars(given.data)), given.model, TrainingSettings(**vars(given.training)))
+
+
+def family(words: list[str], given: Any) -> str:
+    """The family of recipes to choose from; "" where something but the time says what to train."""
+    named = next((flag for flag in ("--preset", "--config", "--model.kind") if value_of(words, flag)), None)
+    if given.fastest:
+        if named:
+            raise UserError(f"--fastest chooses a recipe, and {named} names another. Leave one of them out.")
+        return FASTEST
+    training = given.training
+    other = named or given.data.pairs or training.decisions or not training.minutes
+    return "" if other else EXPORTABLE
+
+
+def sentence(found: Chosen, wanted: str) -> str:
+    """What the planner chose, and why."""
+    settings = found.settings
+    model, training = settings.model, settings.training
+    changed = "" if found.recipe else ", changed by flags"
+    lines = [
+        f"By plan{changed}: {FAMILIES[wanted]}, {model.named}, in batches of {training.batch_size} at rate"
+        f" {training.learning_rate:g}, tokenizer {training.tokenizer}. All of it is in the run's config.toml."
+    ]
+    if found.speed:
+        lines.append(f"Measured: {1000 * found.speed.step_seconds:.0f} ms a step with {threads(found.speed.threads)}.")
+    if wanted == EXPORTABLE:
+        lines.append("With --fastest it would have n-gram tables too: a lower loss, for a model that only Quire loads.")
+    return "\n".join(lines)
+
+
+def threads(count: int) -> str:
+    """A number of threads in words."""
+    return f"{count} thread{'s' * (count != 1)}"

@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from quire.data.batches import Batch, cut
 from quire.data.pairs import Examples, Pairs
 from quire.data.shards import TokenStream
+from quire.devices import out_of_memory, release_memory
 from quire.errors import UserError
 from quire.layers.cross_entropy import IGNORED
 
-TOKENS, LOGITS = 1 << 13, 1 << 24  # at most so many at once: what fits a cache serves faster than what fills memory
+# Tokens at once on a CPU, where what fits a cache serves faster than what fills memory, and on a GPU; logits at most.
+TOKENS, GPU_TOKENS, LOGITS = 1 << 11, 1 << 15, 1 << 24
 
 
 @torch.no_grad()
@@ -33,34 +36,49 @@ def total_loss(
 
     With a `stride` below the context length, windows overlap: each predicts `stride` new tokens, the first all of its.
     """
+    most = TOKENS if device.type == "cpu" else GPU_TOKENS
     if isinstance(tokens, Pairs):
         if stride is not None:
             raise UserError("--stride is for windows of a text. Leave it out: pairs are predicted whole.")
-        batches: Iterable[Batch] = tokens.whole(min(TOKENS, LOGITS // vocabulary_size))
+        batches: Iterable[Batch] = tokens.whole(min(most, LOGITS // vocabulary_size))
     else:
-        batches = windows(tokens, context_length, vocabulary_size, stride)
+        batches = windows(tokens, context_length, vocabulary_size, stride, most)
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
+    losses, counts, pieces = [], [], 1  # in so many pieces each batch: more of them where memory runs out
     for batch in batches:
-        counted = int((batch.targets != IGNORED).sum())
-        total += float(model(**batch.to(device).arguments())) * counted
-        count += counted
+        while (found := _losses(model, batch, min(pieces, len(batch.inputs)), device)) is None:
+            pieces *= 2
+            release_memory(device)
+        losses += found[0]
+        counts += found[1]
     model.train(was_training)
-    return total, count
+    means = torch.stack(losses).tolist()  # read here once: a GPU is not waited for after each batch
+    return sum((mean * count for mean, count in zip(means, counts, strict=True)), 0.0), sum(counts)
+
+
+def _losses(model: Any, batch: Batch, pieces: int, device: torch.device) -> tuple[list[Tensor], list[int]] | None:
+    """The mean loss of each piece of a batch, and its tokens; None where memory ran out and smaller ones may do."""
+    parts = batch.split(pieces)
+    try:
+        return [model(**part.to(device).arguments()) for part in parts], [part.counted for part in parts]
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error) or pieces == len(batch.inputs):
+            raise
+        return None
 
 
 def windows(
-    tokens: np.ndarray | TokenStream, context_length: int, vocabulary_size: int, stride: int | None
+    tokens: np.ndarray | TokenStream, context_length: int, vocabulary_size: int, stride: int | None, most: int = TOKENS
 ) -> Iterator[Batch]:
-    """The windows of a stream, side by side or overlapping, in batches of a size that is quickly done."""
+    """The windows of a stream, side by side or overlapping, in batches of at most `most` tokens, or one window."""
     if stride is not None and not 0 < stride <= context_length:
         raise UserError(f"--stride must be between 1 and the context length {context_length}, not {stride}.")
     step = stride or context_length
     last = len(tokens) - 1
     starts = [0, *range(step, max(last - context_length + step, 1), step)]
     rows = [slice(start, min(start + context_length, last)) for start in starts]
-    at_once = max(1, min(TOKENS // context_length, LOGITS // (context_length * vocabulary_size)))
+    at_once = max(1, min(most // context_length, LOGITS // (context_length * vocabulary_size)))
     for first in range(0, len(rows), at_once):
         batch = cut(tokens, rows[first : first + at_once], context_length)
         if step < context_length:

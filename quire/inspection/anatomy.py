@@ -16,6 +16,7 @@ from quire.training.engines import ENGINES
 PARTS = {
     "LearnedPositions": "positions",
     "Embedding": "embedding",
+    "NgramEmbedding": "n-gram tables",
     "MultiHeadAttention": "attention",
     "CrossAttention": "attention",
     "FeedForward": "feedforward",

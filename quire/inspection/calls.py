@@ -204,7 +204,7 @@ def sources_of(value: Any) -> frozenset[int]:
 
 def norm(values: list[Tensor]) -> float:
     """The Euclidean norm of all finite numbers together."""
-    return float(sum(torch.nan_to_num(x.double(), 0.0, 0.0, 0.0).square().sum() for x in values)) ** 0.5
+    return float(sum(torch.nan_to_num(x.to_dense().double(), 0.0, 0.0, 0.0).square().sum() for x in values)) ** 0.5
 
 
 def picture(value: Tensor) -> list[list[float]] | None:

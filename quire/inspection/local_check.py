@@ -90,7 +90,9 @@ def by_autograd(call: Call, grads: list[Tensor]) -> Reference:
         found = torch.autograd.grad(
             [y for y, _ in pairs], [*inputs, *parameters], [g for _, g in pairs], allow_unused=True
         )
-    whole = [torch.zeros_like(x) if g is None else g for x, g in zip([*inputs, *parameters], found, strict=True)]
+    whole = [
+        torch.zeros_like(x) if g is None else g.to_dense() for x, g in zip([*inputs, *parameters], found, strict=True)
+    ]
     return Reference(whole[: len(inputs)], dict(zip(parameters, whole[len(inputs) :], strict=True)))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quire.layers.attention import ScaledDotProductAttention
 from quire.layers.layer import Block, recording
+from quire.layers.ngram_embedding import NgramEmbedding
 from quire.layers.recurrent import RNN
 from quire.models.settings import ModelSettings
 from quire.run import empty_model
@@ -29,17 +30,19 @@ DEEP, SHALLOW = 6, (2, 3)  # from so many layers on, stacks of these depths are 
 class Size:
     """`parameters`; `flops_per_token` of a forward pass over a whole context (a training step takes three times as
     many); bytes that forward keeps for backward for each window, as it is and with recomputed blocks; bytes of what is
-    remembered of a full context while writing."""
+    remembered of a full context while writing; how many of the parameters are n-gram tables."""
 
     parameters: int
     flops_per_token: int
     window_bytes: int
     recomputed_window_bytes: int
     cache_bytes: int
+    table_parameters: int = 0
 
     def training_bytes(self, windows: int, recomputed: bool = False) -> int:
         """Memory of a training step on so many windows in float32, by Adam."""
-        return ADAM * self.parameters + windows * (self.recomputed_window_bytes if recomputed else self.window_bytes)
+        weights = ADAM * (self.parameters - self.table_parameters) + FLOAT * self.table_parameters  # sparse gradients
+        return weights + windows * (self.recomputed_window_bytes if recomputed else self.window_bytes)
 
     @property
     def writing_bytes(self) -> int:
@@ -82,8 +85,9 @@ def _measured(settings: ModelSettings) -> Size:
         with torch.no_grad():
             model(**given, cache=cache)
         parameters = sum(parameter.numel() for parameter in model.parameters())
+        tables = sum(part.weight.numel() for part in model.modules() if isinstance(part, NgramEmbedding))
     flops = counter.get_total_flops() // length
-    return Size(parameters, flops, kept[0], kept[1], _bytes(_tensors(cache)))
+    return Size(parameters, flops, kept[0], kept[1], _bytes(_tensors(cache)), tables)
 
 
 def _kept_bytes(model: Any, given: dict[str, Tensor]) -> int:

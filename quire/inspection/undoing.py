@@ -255,7 +255,7 @@ def no_memory(error: Exception) -> bool:
 
 def zeros_unless(parameter: nn.Parameter) -> Tensor:
     """A parameter's gradient; zeros where it has none."""
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense()
 
 
 def compare(

@@ -80,7 +80,8 @@ def write(run: Run, out: Path, weights: str = "") -> None:
     Needs the packages onnx and onnxscript; a kind of model that is no decoder is a UserError.
     """
     settings: Any = run.settings
-    decoders = [kind for kind, model in MODELS.items() if issubclass(model, Decoder)]
+    # WithPast says what a decoder's input is: one that has another is left out.
+    decoders = [kind for kind, model in MODELS.items() if issubclass(model, Decoder) and model.embed is Decoder.embed]
     if settings.kind not in decoders:
         raise UserError(f"ONNX export takes models of kind {', '.join(decoders)}; this one is of kind {settings.kind}.")
     check_packages()

@@ -94,6 +94,25 @@ class NgramEmbedding(Layer):
                 places.append(row + start)
         return torch.stack(places, -1)
 
+    @torch.no_grad()
+    def grown(self, weight: Tensor, vocabulary_size: int) -> Tensor:
+        """This layer's tables with the vectors in `weight`, those of a layer alike but for its smaller vocabulary.
+
+        An n-gram of the smaller vocabulary keeps its vector, all others have none yet. Hashes know no vocabulary: where
+        both layers hash, the table stays as it is.
+        """
+        smaller = NgramEmbedding(vocabulary_size, 0, self.orders, max(self.rows))
+        tables = torch.zeros_like(self.weight)
+        for number, order in enumerate(self.orders):
+            rows, old = (slice(of.starts[number], of.starts[number] + of.rows[number]) for of in (self, smaller))
+            if smaller.rows[number] == smaller.symbols**order:  # a row for each n-gram: -1 is the symbol 0
+                each = torch.cartesian_prod(*[torch.arange(-1, vocabulary_size)] * order).view(-1, order)
+                here, there = (of.places(each, 1)[:, 0, number] for of in (self, smaller))
+                tables[here] = weight[there]
+            else:
+                tables[rows] = weight[old]
+        return tables
+
 
 class NgramCache(KeyValueCache):
     """Keys and values, and the tokens themselves, (B, capacity): the n-grams of new tokens begin among old ones."""

@@ -10,41 +10,36 @@ from statistics import median
 import torch
 
 from quire.data.prepare import Prepared
-from quire.devices import memory_bytes, usable_cores
+from quire.devices import memory_bytes
 from quire.run import Run
 from quire.training.loop import Trainer
 from quire.training.settings import Settings
+from quire.training.threads import Reading, judged, measured_threads, reading, thread_candidates
 from quire.training.train import describe
 
 HELD_OUT = 1 << 10  # tokens that the measured model would be evaluated on: it never is
-FEWEST_STEPS = 3  # at each number of threads, after one that warms up
-CONTENDED = 1.15  # wall seconds for each second of CPU time, on one thread, from which others must be computing too
+STEPS = 3  # measured at least, after one that warms up, where there is one number of threads to try
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a training step takes with so many threads: wall and CPU seconds."""
+    """What a training step takes, in wall seconds, with so many threads; a sentence where other programs compute too.
+
+    `cpu_seconds` are those of a step of one thread, None where more were tried.
+    """
 
     threads: int
     step_seconds: float
-    cpu_seconds: float
-
-    @property
-    def contended(self) -> bool:
-        """Whether one thread waited while others computed; of several threads this says nothing."""
-        return self.threads == 1 and self.step_seconds > CONTENDED * self.cpu_seconds
+    contention: str | None = None
+    cpu_seconds: float | None = None
 
 
-def measured(
-    settings: Settings, prepared: Prepared, device: torch.device, seconds: float, threads: tuple[int, ...] = ()
-) -> list[Speed]:
-    """The speed of training at each number of `threads` (none: one, and one for each core), in about `seconds`.
+def measured(settings: Settings, prepared: Prepared, device: torch.device, seconds: float, threads: int = 0) -> Speed:
+    """The speed of training with so many `threads`, 0: with the number that is fastest; takes about `seconds`.
 
-    Trains on the first tokens of the text, in a folder that is deleted; generators and threads are left as they were.
+    Trains on the text in a folder that is deleted; random generators and torch's threads are left as they were.
     """
-    counts = threads or tuple(sorted({1, usable_cores()}))
-    counts = counts if device.type == "cpu" else counts[-1:]
-    before = torch.get_num_threads()
+    before, first = torch.get_num_threads(), reading()
     lengths = {"steps": 1_000_000, "epochs": 0.0, "tokens": 0, "minutes": 0.0}
     training = replace(settings.training, **lengths, compile="no", curriculum=(), decisions="")  # type: ignore[arg-type]
     settings = replace(settings, training=training)
@@ -56,32 +51,35 @@ def measured(
         trainer = Trainer(run, training, prepared.training, device, time.time())
         trainer.begin()
         trainer.wrap_model()
-        trainer.update()  # warms up: allocates, and makes the optimizer's state
-        found = [timed(trainer, count, seconds / len(counts)) for count in counts]
-    torch.set_num_threads(before)
-    return found
+        if not threads and device.type == "cpu":
+            found = measured_threads(trainer.update, thread_candidates(), seconds)
+            threads = found.threads
+            if found.seconds:
+                return Speed(threads, found.seconds[threads], contention(first))
+        torch.set_num_threads(threads or before)
+        speed = timed(trainer, seconds)
+        torch.set_num_threads(before)
+    return replace(speed, contention=contention(first))
 
 
-def timed(trainer: Trainer, threads: int, seconds: float) -> Speed:
+def timed(trainer: Trainer, seconds: float) -> Speed:
     """The medians of as many steps as go into the time, at least three."""
-    torch.set_num_threads(threads)
-    trainer.update()
-    walls, works, began = [], [], time.perf_counter()
-    while len(walls) < FEWEST_STEPS or time.perf_counter() - began < seconds:
+    trainer.update()  # warms up: allocates, and makes the optimizer's state
+    began = time.perf_counter()
+    walls: list[float] = []
+    works: list[float] = []
+    while len(walls) < STEPS or time.perf_counter() - began < seconds:
         wall, work = time.perf_counter(), time.process_time()
         trainer.update()
         walls.append(time.perf_counter() - wall)
         works.append(time.process_time() - work)
-    return Speed(threads, median(walls), median(works))
+    return Speed(torch.get_num_threads(), median(walls), cpu_seconds=median(works))
 
 
-def fastest(speeds: list[Speed]) -> Speed:
-    """The one with the shortest steps; fewer threads where more gain less than a tenth."""
-    best = speeds[0]
-    for speed in speeds[1:]:
-        if speed.step_seconds < 0.9 * best.step_seconds:
-            best = speed
-    return best
+def contention(first: Reading | None) -> str | None:
+    """A sentence where other programs held this one up since the first reading."""
+    last = reading()
+    return judged(first, last, os.cpu_count() or 1) if first and last else None
 
 
 def memory_limit(device: torch.device) -> int:
@@ -92,12 +90,3 @@ def memory_limit(device: torch.device) -> int:
     group = Path("/sys/fs/cgroup/memory.max")
     text = group.read_text().strip() if os.access(group, os.R_OK) else "max"
     return min(limit or int(text), int(text)) if text.isdigit() else limit
-
-
-def described(device: torch.device) -> str:
-    """The processor that trains, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {usable_cores()} cores" if device.type == "cpu" else device.type
-
-

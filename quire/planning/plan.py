@@ -1,0 +1,300 @@
+"""A plan: what a training would take and give, for this text, on this machine, in this time.
+
+Chosen by the table of recipes, measured on real steps of the model chosen, predicted by what the sweep came to.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from quire.config import Table, merged
+from quire.data.prepare import Prepared
+from quire.data.spool import Corpus
+from quire.devices import choose_device, usable_cores
+from quire.errors import UserError
+from quire.planning.cost import Cost, cost_of
+from quire.planning.machine import Speed, measured, memory_limit
+from quire.planning.measure import Measure, measure
+from quire.planning.recipes import Prediction, chosen, predicted, table
+from quire.training.clock import EVALUATION_SHARE, EVALUATIONS, EXIT_SECONDS
+from quire.training.settings import LENGTHS, Settings, layered, typed
+from quire.training.texts import prepared_from, read_texts
+from quire.training.train import DEFAULT_CORPUS, Loaded, fitted
+
+MINUTES = 2.5  # where nothing says how long
+MEASURING_SECONDS, MEASURING_SHARE = 3.0, 0.03  # steps are measured for so long, or for this share of the time
+UNMEASURED_MINUTES = 1.0  # below, a training that follows the plan measures nothing
+START_SECONDS, SAMPLE_SECONDS = 3.0, 0.5  # until the first step; to write a sample at each evaluation
+LARGE_STEP = 1e11  # arithmetic of a step from which a part of it is measured, and the whole follows
+PROGRAM_BYTES = 350_000_000  # of the process itself, with torch
+LONGER, GPU = 10, 20  # what-ifs: times the time; times the speed, a GPU beside a few cores on models so small
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Settings for a text, the text prepared for them, and what was measured; `recipe` is "" where it is none's."""
+
+    settings: Settings
+    prepared: Prepared
+    recipe: str
+    speed: Speed | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that `quire plan` says; times in seconds, memory in bytes. What cannot be told is None."""
+
+    text: str
+    bytes: int  # of the text to train on
+    counted: list[float]  # bits per byte of the held-out text by counted n-grams, orders 2 to 6
+    recipe: str
+    kind: str
+    tokenizer: str
+    vocabulary_size: int
+    model: dict[str, int]
+    parameters: dict[str, int]
+    batch_size: int
+    context_length: int
+    learning_rate: float
+    matrix_learning_rate: float | None
+    steps: int
+    epochs: float
+    tokens: int
+    flops_per_token: int
+    memory: dict[str, int]
+    memory_limit: int
+    device: str
+    threads: int
+    step_seconds: float
+    contention: str | None  # a sentence where other programs compute on this machine
+    seconds: float
+    prediction: Prediction | None
+    longer: dict[str, Any] | None  # with ten times the time
+    gpu: dict[str, Any] | None  # with a GPU, assumed to be so many times as fast
+    fastest: dict[str, Any] | None  # with n-gram tables
+
+
+def plan(
+    *texts: str,
+    minutes: float = 0.0,
+    fastest: bool = False,
+    preset: str = "",
+    model: Table | None = None,
+    data: Table | None = None,
+    **training: Any,
+) -> Plan:
+    """What training on `texts` for so many `minutes` would take and give; nothing is trained, no run is made.
+
+    The other arguments are those of quire.train. Raises UserError where memory does not suffice.
+    """
+    length = {"minutes": minutes} if minutes else {}
+    text = {"text": list(texts)} if texts else {}
+    flags = {"model": model or {}, "data": {**(data or {}), **text}, "training": {**training, **length}}
+
+    def build(recipe: Table) -> Settings:
+        return typed(layered(preset or "default", flags=merged(recipe, flags)))
+
+    if fastest and preset:
+        raise UserError(f"fastest chooses a recipe, and so does preset {preset!r}. Give one of them.")
+    return planned(build, "" if preset else "ngram" if fastest else "modern")
+
+
+def planned(build: Callable[[Table], Settings], wanted: str) -> Plan:
+    """The plan for a family of recipes, or for the settings that `build` makes of no recipe."""
+    first = build({})
+    if first.data.pairs or first.model.reads_source:
+        raise UserError("A plan is for a text: models of pairs are not measured. Give a TEXT, or leave out --pairs.")
+    device, piped = choose_device(first.training.device), standard_input(first)
+    corpus, held_out = read_texts(with_text(first), piped)
+    try:
+        seconds = 60 * (first.training.minutes or (0 if length_of(first) else MINUTES))
+        found = choose(build, wanted, seconds, corpus, held_out, device, MEASURING_SECONDS)
+        return summed_up(found, wanted, seconds, device)
+    finally:
+        corpus.close()
+
+
+def follow(build: Callable[[Table], Settings], wanted: str, began: float) -> tuple[Settings, Loaded, Chosen]:
+    """The settings of the recipe that suits text, machine and time, for a training that began at `began`."""
+    first = build({})
+    device, piped = choose_device(first.training.device), standard_input(first)
+    corpus, held_out = read_texts(with_text(first), piped)
+    minutes = first.training.minutes or MINUTES
+    try:
+        left = max(1.0, 60 * minutes - (time.time() - began))
+        brief = minutes < UNMEASURED_MINUTES or length_of(first)
+        measuring = 0.0 if brief else min(MEASURING_SECONDS, MEASURING_SHARE * left)
+        found = choose(build, wanted, left, corpus, held_out, device, measuring)
+    finally:
+        corpus.close()
+    settings = found.settings
+    if found.speed and device.type == "cpu":  # then training need not try them again
+        settings = replace(settings, training=replace(settings.training, threads=found.speed.threads))
+    return settings, Loaded(found.prepared, corpus.origins, piped), found
+
+
+def with_text(settings: Settings) -> Settings:
+    """The settings with the built-in corpus where they name no text."""
+    return replace(settings, data=replace(settings.data, text=settings.data.named or (DEFAULT_CORPUS,)))
+
+
+def standard_input(settings: Settings) -> bytes | None:
+    """What was piped in, if a text is called "-"."""
+    return sys.stdin.buffer.read() if "-" in settings.data.named else None
+
+
+def length_of(settings: Settings) -> bool:
+    """Whether something but minutes says how long to train."""
+    return any(getattr(settings.training, name) for name in LENGTHS if name != "minutes")
+
+
+def choose(
+    build: Callable[[Table], Settings],
+    wanted: str,
+    seconds: float,
+    corpus: Corpus,
+    held_out: Corpus | None,
+    device: torch.device,
+    measuring: float,
+) -> Chosen:
+    """The recipe for what this machine does in the time: by the speed of the table's, then by the speed measured."""
+    size, power, recipe = corpus.documents.sizes[0], 1.0, ""
+    for _ in range(2):
+        recipe = chosen(wanted, seconds * power, size) if wanted else ""
+        settings, prepared = prepared_from(build(table()["recipes"].get(recipe, {})), corpus, held_out)
+        fitting, prepared = fitted(settings, prepared)
+        cost = cost_of(fitting)
+        refuse_too_large(cost, fitting, device)
+        speed = measured_step(fitting, prepared, cost, device, measuring) if measuring else None
+        reference = table()["step_seconds"].get(recipe)
+        if not (speed and reference):
+            break
+        power = reference / speed.step_seconds
+        if chosen(wanted, seconds * power, size) == recipe:
+            break
+    return Chosen(settings, prepared, recipe if holds(settings, recipe) else "", speed)
+
+
+def holds(settings: Settings, recipe: str) -> bool:
+    """Whether the settings are still those of the recipe, whatever flags went over it."""
+    wanted = table()["recipes"].get(recipe)
+    if wanted is None:
+        return False
+    parts = {"model": settings.model, "training": settings.training}
+    return all(getattr(parts[part], name) == value for part in parts for name, value in wanted[part].items())
+
+
+def measured_step(settings: Settings, prepared: Prepared, cost: Cost, device: torch.device, seconds: float) -> Speed:
+    """The seconds of a step; of a very large one, a single window's, times how many there are."""
+    training = settings.training
+    windows = training.batch_size * training.accumulation_steps
+    if device.type == "cuda" or cost.flops_per_token * windows * settings.model.context_length < LARGE_STEP:
+        return measured(settings, prepared, device, seconds, training.threads)
+    context = min(settings.model.context_length, 256)
+    small = replace(
+        settings.with_model(context_length=context), training=replace(training, batch_size=1, accumulation_steps=1)
+    )
+    speed = measured(small, prepared, device, 0.0, training.threads or usable_cores())
+    return replace(speed, step_seconds=windows * settings.model.context_length / context * speed.step_seconds)
+
+
+def refuse_too_large(cost: Cost, settings: Settings, device: torch.device) -> None:
+    """A UserError where a training cannot fit the memory there is."""
+    needed, limit = cost.total_memory + (PROGRAM_BYTES if device.type == "cpu" else 0), memory_limit(device)
+    if limit and needed > limit:
+        parts = sorted(cost.memory.items(), key=lambda part: -part[1])[:3]
+        shown = ", ".join(f"{name} {value / 1e9:.1f} GB" for name, value in parts)
+        remedy = "a smaller --batch-size with more --accumulation-steps" if settings.training.batch_size > 1 else ""
+        remedy = " or ".join(filter(None, [remedy, "a smaller model (--model.layers, --model.embedding-size)"]))
+        raise UserError(
+            f"This cannot fit: training needs about {needed / 1e9:.1f} GB ({shown}), and {device} has"
+            f" {limit / 1e9:.1f} GB. Take {remedy}."
+        )
+
+
+def summed_up(found: Chosen, wanted: str, seconds: float, device: torch.device) -> Plan:
+    """The plan's numbers: steps from the time and what a step takes, and the bits per byte that those come to."""
+    settings, prepared = fitted(found.settings, found.prepared)
+    shape, training, cost = settings.model, settings.training, cost_of(settings)
+    speed = found.speed
+    assert speed is not None, "what is planned was measured"
+    per_step = training.batch_size * training.accumulation_steps * shape.context_length
+    each, count = evaluations(settings, prepared, speed.step_seconds, seconds)
+    steps = steps_of(settings, prepared, per_step)
+    if not steps:
+        steps = max(1, int((seconds - START_SECONDS - EXIT_SECONDS - count * each) / speed.step_seconds))
+    text = measure(prepared)
+    core_seconds = steps * table()["step_seconds"].get(found.recipe, 0.0)
+    what_if = WhatIf(text, core_seconds, wanted)
+    names = ("layers", "embedding_size", "heads", "feedforward_size", "hidden_size")
+    return Plan(
+        text=", ".join(with_text(settings).data.named[:3]),
+        bytes=text.bytes,
+        counted=[round(bits, 4) for bits in text.counted],
+        recipe=found.recipe,
+        kind=shape.kind,
+        tokenizer=prepared.tokenizer.kind,
+        vocabulary_size=shape.vocabulary_size,
+        model={name: getattr(shape, name) for name in names if hasattr(shape, name)},
+        parameters=cost.parameters,
+        batch_size=training.batch_size * training.accumulation_steps,
+        context_length=shape.context_length,
+        learning_rate=training.learning_rate,
+        matrix_learning_rate=training.matrix_learning_rate if training.optimizer == "muon" else None,
+        steps=steps,
+        epochs=round(steps * per_step / max(1, len(prepared.training)), 3),
+        tokens=steps * per_step,
+        flops_per_token=cost.flops_per_token,
+        memory=cost.memory | ({"program": PROGRAM_BYTES} if device.type == "cpu" else {}),
+        memory_limit=memory_limit(device),
+        device=str(device),
+        threads=speed.threads,
+        step_seconds=round(speed.step_seconds, 6),
+        contention=speed.contention,
+        seconds=round(seconds or START_SECONDS + EXIT_SECONDS + steps * speed.step_seconds + count * each, 1),
+        prediction=predicted(wanted, core_seconds, text.bytes, list(text.counted)),
+        longer=what_if.at(LONGER),
+        gpu=what_if.at(GPU) if device.type == "cpu" else None,
+        fastest=what_if.fastest() if wanted == "modern" else None,
+    )
+
+
+def steps_of(settings: Settings, prepared: Prepared, per_step: int) -> int:
+    """The steps that the settings ask for, 0 where they go by time."""
+    training = settings.training
+    tokens = training.tokens or training.epochs * len(prepared.training)
+    return training.steps or -int(-tokens // per_step)
+
+
+def evaluations(settings: Settings, prepared: Prepared, step_seconds: float, seconds: float) -> tuple[float, int]:
+    """What an evaluation with its sample takes, and how many there are, as training/clock.py decides it."""
+    training = settings.training
+    per_step = training.batch_size * training.accumulation_steps * settings.model.context_length
+    each = 1.2 * len(prepared.validation) / 3 / per_step * step_seconds
+    each += SAMPLE_SECONDS if training.sample_tokens else 0.0
+    return each, max(1, min(EVALUATIONS, int(EVALUATION_SHARE * seconds / each))) if seconds else EVALUATIONS
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """Other times and machines for the same text."""
+
+    text: Measure
+    core_seconds: float
+    family: str
+
+    def at(self, times: float, other: str = "") -> dict[str, Any] | None:
+        """The recipe and the prediction for so many times the core-seconds, of this family or another."""
+        kind, core_seconds = other or self.family, times * self.core_seconds
+        found = predicted(kind, core_seconds, self.text.bytes, list(self.text.counted)) if kind else None
+        if found is None:
+            return None
+        return {"times": times, "recipe": chosen(kind, core_seconds, self.text.bytes), "prediction": found}
+
+    def fastest(self) -> dict[str, Any] | None:
+        """The same time with n-gram tables."""
+        return self.at(1, "ngram")

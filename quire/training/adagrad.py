@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire.training.eager import Eager
 
-class RowAdagrad(torch.optim.Optimizer):
+
+class RowAdagrad(Eager):
     """Adagrad with one sum of mean squares a row, for tables (R, C); of sparse gradients only their rows are touched.
 
     Every gradient is scaled by its own history: its size, and so clipping, changes nothing but the first steps.
@@ -45,9 +47,15 @@ class RowAdagrad(torch.optim.Optimizer):
 
 
 def step_rows(table: Tensor, grad: Tensor, sums: Tensor, rate: float, epsilon: float) -> None:
-    """A step from a sparse gradient whose rows may repeat: they are added up first."""
-    grad = grad.coalesce()
-    rows, grads = grad.indices()[0], grad.values()  # (n), (n, C)
-    seen = sums[rows] + grads.square().mean(1, keepdim=True)  # (n, 1)
-    sums[rows] = seen
-    table.index_add_(0, rows, grads / (seen.sqrt() + epsilon), alpha=-rate)
+    """A step from a sparse gradient whose rows may repeat.
+
+    The gradients of a row are added up at one of the places where it stands, and the others count as zero: that takes
+    no sorting, and a device need not be asked how many different rows there are.
+    """
+    rows, grads = grad._indices()[0], grad._values()  # (n), (n, C)
+    place = rows.new_empty(len(table))  # filled where it is read, and only there
+    place[rows] = torch.arange(len(rows), device=rows.device)
+    summed = torch.zeros_like(grads).index_add_(0, place[rows], grads)
+    sums.index_add_(0, rows, summed.square().mean(1, keepdim=True))
+    steps = summed.div_(sums[rows].sqrt().add_(epsilon)).mul_(-rate)
+    table.scatter_add_(0, rows.unsqueeze(1).expand_as(steps), steps)  # on a CPU faster than index_add_

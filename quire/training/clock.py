@@ -9,7 +9,7 @@ resumed or repeated run is the same, bit for bit.
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from quire import files
@@ -21,8 +21,9 @@ PROBE_STEPS = 10  # after so many steps their cost is known, or
 PROBE_SHARE = 0.03  # after this share of the time, but at least 2
 MEASURED_STEPS = 4  # between decisions, at least
 EVALUATIONS = 10  # at most, in a run
-EVALUATION_SHARE = 0.15  # of the time may go into them
-EXIT_SECONDS = 0.8  # for loading the best model, the last words and the process's end
+EVALUATION_SHARE = 0.05  # of the time may go into them, but the last one is always made
+EXIT_SECONDS = 0.4  # for the last words and the process's end
+SAMPLE_AND_PLOT_SECONDS = 1.5  # what an evaluation takes beside measuring the text, until it is known
 GRACE_SHARE, GRACE_SECONDS = 0.02, 1.0  # past the time before training is broken off in the middle of its schedule
 
 
@@ -35,6 +36,7 @@ class Decision:
     rate: float
     next_decision: int
     next_evaluation: int
+    threads: int = 0  # that computed it; 0: not on record
 
 
 def read_decisions(path: Path) -> dict[int, Decision]:
@@ -50,11 +52,10 @@ def read_decisions(path: Path) -> dict[int, Decision]:
 class Clock:
     """Wall time since `began` (time.time() at the command's start), and the decisions made by it."""
 
-    def __init__(self, began: float, record: Path) -> None:
-        self.began, self.record = began, record
+    def __init__(self, began: float, record: Path, threads: int = 0) -> None:
+        self.began, self.record, self.threads = began, record, threads
         self.decisions = read_decisions(record) if record.exists() else {}
         self.evaluation_seconds = 0.0  # what one took last; 0: not known yet
-        self.sample_seconds = 0.0  # what writing a sample took last: one more is shown at the very end
         self.step_seconds = 0.0  # what a step takes
         self._measured = 0  # steps over which that was measured: MEASURED_STEPS, once so many have been taken
         self._mark = (0, 0.0)  # step and time from which it is measured next
@@ -97,6 +98,7 @@ class Clock:
             self._keep(Decision(state.step, 1.0, state.rate, state.step, state.step))
 
     def _keep(self, decision: Decision) -> None:
+        decision = replace(decision, threads=self.threads)
         self.decisions[decision.step] = decision
         files.append_line(self.record, json.dumps(asdict(decision)), sync=True)
 
@@ -104,9 +106,9 @@ class Clock:
         """The decision to make at this step by the clock, if any."""
         total = state.minutes * 60
         step_seconds = self.step_seconds
-        evaluation = self.evaluation_seconds or evaluation_steps * step_seconds
+        evaluation = self.evaluation_seconds or evaluation_steps * step_seconds + SAMPLE_AND_PLOT_SECONDS
         spent = self.elapsed() - state.seconds_before
-        left = total - spent - EXIT_SECONDS - self.sample_seconds - evaluation  # the last evaluation is always made
+        left = total - spent - EXIT_SECONDS - evaluation  # the last evaluation is always made
         evaluated = state.step == state.next_evaluation
         if state.rate == 0:
             taken = state.step - state.start

@@ -24,6 +24,7 @@ from quire.training.loop import Trainer
 from quire.training.settings import LENGTHS, Settings, typed
 from quire.training.texts import read_texts
 from quire.training.train import (
+    begun_with_threads,
     check_length,
     check_pairs,
     describe,
@@ -94,6 +95,7 @@ def finetune_run(
     context_length = context_of(base, context_length)
     path = path or free_path(texts[0])
     refuse_existing(path)
+    measure = settings.training.threads == 0
     device, threads = prepare_machine(settings.training)
     weights = checkpoint.load(base.trained_folder(), training=False).model
     corpus, held_out = read_texts(settings)
@@ -121,7 +123,8 @@ def finetune_run(
         trainer.begin()
         trainer.measure_start()
 
-    return train_created(created, settings.training, prepared, device, began, begin, keep=False)
+    begins = begun_with_threads(begin) if measure else begin
+    return train_created(created, settings.training, prepared, device, began, begins, keep=False)
 
 
 def context_of(base: Run, wanted: int) -> int:
@@ -148,6 +151,9 @@ def put_weights(model: Any, weights: dict[str, Tensor], known: int) -> None:
     for name, tensor in weights.items():
         if name == "positions.weight":
             grown[name] = tensor[: len(own[name])]
+            continue
+        if name == "ngram_embedding.weight":
+            grown[name] = model.ngram_embedding.grown(tensor, known)
             continue
         more = own[name].shape[0] - known if tensor.dim() and len(tensor) == known else 0
         mean = tensor.mean(0, keepdim=True).expand(more, *tensor.shape[1:])

@@ -5,7 +5,7 @@ Trainer.update      one optimizer step
 Trainer.evaluate    both losses, a sample, the plot, the checkpoints
 """
 
-import json
+import copy
 import math
 import time
 from typing import Any
@@ -14,34 +14,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quire import checkpoint, files
-from quire.data.batches import Batches, Cursor
+from quire import checkpoint
+from quire.data.batches import Batch, Batches, Cursor
 from quire.data.pairs import Pairs
 from quire.data.shards import TokenStream
-from quire.devices import peak_memory
+from quire.devices import generators, out_of_memory, release_memory
 from quire.errors import UserError
 from quire.evaluation.evaluate import bits_per_byte
 from quire.evaluation.loss import total_loss
-from quire.evaluation.translations import shown
-from quire.generation.generate import GenerationSettings, Writer
 from quire.layers.layer import Block
-from quire.plots.loss import plot_losses
 from quire.progress import Update, bar, say
 from quire.run import Run
 from quire.training import state as states
 from quire.training.clock import Clock
 from quire.training.curriculum import Curriculum
-from quire.training.curves import curve
 from quire.training.engines import ENGINES
+from quire.training.journal import Journal
 from quire.training.optimizers import OPTIMIZERS, set_learning_rates, split_tables
 from quire.training.precision import Precision, compiled
 from quire.training.schedules import SCHEDULES, warmed_up
 from quire.training.settings import TrainingSettings
 from quire.training.signals import Signals, Stopped
 from quire.training.state import TrainingState
+from quire.training.threads import Measured, Watch, measured_threads, thread_candidates
 
 LINE_STEPS = 10  # a line of metrics.jsonl at least so often
 SAVES, SAVE_SECONDS = 5, 600.0  # checkpoints at least so often in a run, and at least after so much time
+TRIED_SHARE, TRIED_SECONDS = 0.015, 30.0  # of the time go into finding the number of threads, in runs as long as that
 EXPLODED = 2.0  # times the first loss
 PASSES = 10  # steps in a row that may be passed over before training stops
 
@@ -67,8 +66,9 @@ class Trainer:
         self.validation = run.examples(run.validation_tokens())
         self.state = TrainingState()
         self.began = began
-        self.logged = (0, 0.0)  # tokens and time at the last line of metrics.jsonl
+        self.journal = Journal(run, settings, device)
         self.saved = 0.0  # time of the last checkpoint
+        self.best: dict[str, Any] | None = None  # the state of the checkpoint `best`, where this process wrote it
         self.wrapped: Any = None  # the model as the engine calls it, perhaps compiled; made when training starts
 
     # ---- the loop ----
@@ -76,10 +76,12 @@ class Trainer:
     def fit(self) -> None:
         """Train until the stretch is finished; a signal saves, and raises Stopped."""
         state = self.state
-        self.clock = Clock(self.began - state.seconds, self.run.path / "decisions.jsonl")
-        self.wrap_model()
+        self.clock = Clock(self.began - state.seconds, self.run.path / "decisions.jsonl", torch.get_num_threads())
+        if self.wrapped is None:
+            self.wrap_model()
         self.clock.start_measuring(state.step)
-        self.logged, self.saved = (state.tokens, self.clock.elapsed()), time.monotonic()
+        watch = Watch()
+        self.journal.logged, self.saved = (state.tokens, self.clock.elapsed()), time.monotonic()
         with Signals() as signals, bar(self.run.path.name) as show:
             while not state.finished:
                 before = state.progress
@@ -90,6 +92,8 @@ class Trainer:
                 else:
                     if state.step % LINE_STEPS == 0:
                         self.log(show)
+                        if sentence := watch.sentence():
+                            say(sentence, "yellow")
                     fifth = math.floor(state.progress * SAVES) > math.floor(before * SAVES)
                     if fifth or time.monotonic() - self.saved > SAVE_SECONDS:
                         self.save("last")
@@ -108,18 +112,13 @@ class Trainer:
     def update(self) -> None:
         """One optimizer step on the next batch_size x accumulation_steps windows of the context length, or as many
         tokens in shorter ones; each token weighs the same."""
-        state, settings, parts = self.state, self.settings, self.settings.accumulation_steps
+        state, settings = self.state, self.settings
         self.rate_share = self.learning_rate_share()
         set_learning_rates(self.optimizers, self.rate_share)
         self.enter_stage()
         rows = self.curriculum.rows(state.stage, settings.batch_size)
-        batch = self.batches.take(state.cursor, rows * parts)
-        loss: Tensor | float = 0.0  # L = sum of (n_i / n) L_i: the mean over all n counted targets, part by part
-        for part in batch.split(parts):
-            share = part.counted / batch.counted
-            scale = share * self.precision.loss_scale()
-            with self.precision.autocast():
-                loss = loss + share * self.engine.backpropagate(self.wrapped, part.to(self.device), scale)
+        batch = self.batches.take(state.cursor, rows * settings.accumulation_steps)
+        loss = self.gradients(batch)
         self.engine.synchronize(self.model)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
@@ -130,6 +129,40 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         state.step += 1
         state.tokens += batch.counted
+
+    def gradients(self, batch: Batch) -> Tensor | float:
+        """Fill in the gradients of a batch's mean loss, and give that; where memory runs out, in smaller parts from
+        here on."""
+        state, windows = self.state, len(batch.inputs)
+        drawn = list(generators(self.device).values())
+        while True:
+            parts = min(windows, self.settings.accumulation_steps * state.divided)
+            try:
+                return self.accumulated(batch.split(parts), batch.counted)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or parts == windows:
+                    raise
+            self.model.zero_grad(set_to_none=True)
+            release_memory(self.device)
+            for before, put in drawn:  # dropout: the step is done again as if for the first time
+                put(before)
+            state.divided *= 2
+            self.saved = -math.inf  # a resume is to begin with what was learned here: save at the end of this step
+            now, then = (-(-windows // min(windows, count)) for count in (parts, 2 * parts))
+            say(
+                f"Out of memory at step {state.step}: from here on {then} of its {windows} windows at a time go through"
+                f" the model, not {now}. The gradient is the same; a step may take longer."
+            )
+
+    def accumulated(self, parts: list[Batch], counted: int) -> Tensor | float:
+        """The gradients and the mean loss over all n counted targets, part by part: L = sum of (n_i / n) L_i."""
+        loss: Tensor | float = 0.0
+        for part in parts:
+            share = part.counted / counted
+            with self.precision.autocast():
+                scale = share * self.precision.loss_scale()
+                loss = loss + share * self.engine.backpropagate(self.wrapped, part.to(self.device), scale)
+        return loss
 
     @property
     def batches(self) -> Batches | Pairs:
@@ -235,12 +268,12 @@ class Trainer:
             self.be_patient()
         self.log(None, validation_loss=loss, validation_bits_per_byte=bits)
         if self.settings.sample_tokens:
-            self.write_sample(loss)
-        plot_losses([curve(self.run, "step")], "step", self.run.path / "loss.png")
+            self.journal.sample(state, self.model, self.validation, loss)
         if not state.end and not state.finished:
             self.clock.evaluation_seconds = max(self.clock.evaluation_seconds, time.monotonic() - began)
             self.clock.decide(state)
             state.finished = state.progress > 1 - 1e-9
+        self.journal.plot(state.finished)
         if not state.end and state.finished:
             self.clock.end(state)
         if state.end:
@@ -251,7 +284,7 @@ class Trainer:
         self.save("last")
         self.clock.evaluation_seconds = time.monotonic() - began
         self.clock.start_measuring(state.step)
-        self.logged = (state.tokens, self.clock.elapsed())  # evaluating is not training: it counts in no speed
+        self.journal.logged = (state.tokens, self.clock.elapsed())  # evaluating is not training: it counts in no speed
 
     def held_out_loss(self) -> tuple[float, float]:
         """Nats per token and bits per byte over the whole held-out text."""
@@ -279,58 +312,42 @@ class Trainer:
             say(f"{since}: the learning rate is halved.")
 
     def log(self, show: Update | None, **measured: float) -> None:
-        """A line of metrics.jsonl: the training loss is the mean since the line before."""
-        state = self.state
-        tokens, seconds = state.tokens - self.logged[0], self.clock.elapsed() - self.logged[1]
-        line = {
-            "step": state.step,
-            "tokens": state.tokens,
-            "seconds": round(state.seconds, 3),
-            "train_loss": state.loss_sum / state.loss_steps if state.loss_steps else None,
-            **measured,
-            "learning_rate": self.settings.learning_rate * self.rate_share,
-            "gradient_norm": self.gradient_norm if math.isfinite(self.gradient_norm) else None,
-            "tokens_per_second": round(tokens / seconds) if seconds else None,
-            "memory_bytes": peak_memory(self.device),
-        }
-        self.append("metrics.jsonl", json.dumps(line))
-        state.loss_sum, state.loss_steps = 0.0, 0
-        self.logged = (state.tokens, self.clock.elapsed())
-        if show is not None and line["train_loss"] is not None:
-            best = {} if state.best_loss is None else {"held_out": f"{state.best_loss:.3f}"}
-            rate = f"{line['tokens_per_second'] or 0:,}"
-            show(state.progress, step=state.step, loss=f"{line['train_loss']:.3f}", **best, **{"tokens/s": rate})
-
-    def write_sample(self, loss: float) -> None:
-        """Add to samples.md what the model writes now; the same step and seed give the same sample."""
-        began = time.monotonic()
-        self.model.eval()
-        writer = Writer(self.run, self.device, self.model)
-        if isinstance(self.validation, Pairs):
-            text = shown(writer, self.validation)
-        else:
-            length, seed = self.settings.sample_tokens, self.settings.seed
-            settings = GenerationSettings(tokens=length, seed=seed, temperature=0.8)
-            text = writer.write([""], settings)[0].text
-        self.model.train()
-        fence = "`" * max(3, 1 + max((len(run) for run in text.split() if set(run) == {"`"}), default=0))
-        self.append(
-            "samples.md", f"## Step {self.state.step}: held-out loss {loss:.4f}\n\n{fence}text\n{text}\n{fence}\n"
-        )
-        self.clock.sample_seconds = time.monotonic() - began
-
-    def append(self, name: str, text: str) -> None:
-        """Add to one of the run's logs; the state knows its size, so that a resume can cut back what came after."""
-        path = self.run.path / name
-        files.append_line(path, text)
-        self.state.log_sizes[name] = path.stat().st_size
+        """A line of metrics.jsonl."""
+        rate = self.settings.learning_rate * self.rate_share
+        self.journal.line(self.state, self.clock.elapsed(), rate, self.gradient_norm, show, **measured)
 
     def save(self, which: str) -> None:
-        """Write the checkpoint `best` or `last`."""
-        states.save(self.run.folder(which), self.state, self.model, self.optimizers, self.scaler)
+        """Write the checkpoint `best` or `last`; the second that is written of one state is the first one's files."""
+        table = self.state.to_table()
+        if which == "last" and self.best == table:
+            checkpoint.save_again(self.run.folder("last"), self.run.folder("best"))
+        else:
+            states.save(self.run.folder(which), self.state, self.model, self.optimizers, self.scaler)
+        if which == "best":
+            self.best = table
         self.saved = time.monotonic()
 
     # ---- starting ----
+
+    def find_threads(self) -> Measured:
+        """Measure which number of threads steps of this very training are fastest with; leaves everything as it was.
+
+        Only under --minutes: a run of N steps is to be the same each time it is begun on a machine.
+        """
+        seconds = 60 * self.state.minutes
+        if self.device.type != "cpu" or seconds < TRIED_SECONDS:
+            return Measured(torch.get_num_threads(), {})
+        state, self.state = self.state, copy.deepcopy(self.state)
+        model = {name: tensor.clone() for name, tensor in checkpoint.model_tensors(self.model).items()}
+        training = states.training_tensors(self.model, self.optimizers, self.scaler)
+        training = {name: tensor.clone() for name, tensor in training.items()}
+        self.wrap_model()
+        found = measured_threads(self.update, thread_candidates(), TRIED_SHARE * seconds)
+        self.state = state
+        checkpoint.load_model_tensors(self.model, model, self.run.path)
+        states.restore_training_tensors(training, self.model, self.optimizers, self.scaler)
+        torch.set_num_threads(found.threads)
+        return found
 
     def begin(self) -> None:
         """A new run: its length from the settings; an epoch is as many windows as cover the text, or all pairs."""
@@ -347,9 +364,7 @@ class Trainer:
         """Measure weights that come from another run before their first step: the best so far, and a checkpoint."""
         state = self.state
         state.best_loss, bits = self.held_out_loss()
-        line = {"step": 0, "tokens": 0, "seconds": round(time.time() - self.began, 3), "train_loss": None}
-        line |= {"validation_loss": state.best_loss, "validation_bits_per_byte": bits, "tokens_per_second": None}
-        self.append("metrics.jsonl", json.dumps(line))
+        self.journal.first_line(state, state.best_loss, bits, time.time() - self.began)
         say(f"Before training: {state.best_loss:.4f} nats per token, {bits:.4f} bits per byte on the held-out text.")
         self.save("best")
         self.save("last")
@@ -370,16 +385,6 @@ class Trainer:
         else:
             self.state = states.restore(found, self.run.folder("last"), self.model, self.optimizers, self.scaler)
         return found is not None
-
-    def cut_back_logs(self) -> None:
-        """Drop what the logs say of steps after the state: they will be taken again."""
-        for name in ("metrics.jsonl", "samples.md"):
-            path, size = self.run.path / name, self.state.log_sizes.get(name, 0)
-            if path.exists() and path.stat().st_size > size:
-                files.write_bytes(path, path.read_bytes()[:size])
-        record = self.run.path / "decisions.jsonl"  # which stay, but for a line that a full disk cut short
-        if record.exists() and not (text := record.read_bytes()).endswith(b"\n"):
-            files.write_bytes(record, text[: text.rfind(b"\n") + 1])
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that must be equal where two trainings are the same, as tensors by name."""

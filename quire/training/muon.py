@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire.training.eager import Eager
+
 # The quintic p(s) = a s + b s^3 + c s^5 of Jordan et al.: five rounds bring singular values from about 0.01 to 1 near
 # 1, and lift smaller ones.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -33,7 +35,7 @@ def newton_schulz(matrices: Tensor, rounds: int = 5, dtype: torch.dtype | None =
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Eager):
     """Muon with Nesterov momentum and decoupled weight decay, for parameters that are matrices.
 
     The step is scaled by 0.2 * sqrt(max(rows, columns)), which gives it the size of an AdamW step (Liu et al. 2025),

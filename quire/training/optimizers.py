@@ -14,6 +14,7 @@ from torch import nn
 from quire.layers.embedding import Embedding
 from quire.layers.ngram_embedding import NgramEmbedding
 from quire.training.adagrad import RowAdagrad
+from quire.training.eager import SGD, Adam, AdamW
 from quire.training.muon import Muon
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ def adam(model: nn.Module, settings: "TrainingSettings") -> Optimizers:
     """Adam (Kingma and Ba 2015); weight decay as L2 in the gradient."""
     betas = (settings.beta1, settings.beta2)
     groups = _decayed(split_tables(model)[1], settings)
-    return [torch.optim.Adam(groups, lr=settings.learning_rate, betas=betas), *_adagrad(model, settings)]
+    return [Adam(groups, lr=settings.learning_rate, betas=betas), *_adagrad(model, settings)]
 
 
 def sgd(model: nn.Module, settings: "TrainingSettings") -> Optimizers:
     """Stochastic gradient descent with momentum; weight decay as L2 in the gradient."""
     groups = _decayed(split_tables(model)[1], settings)
-    optimizer = torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
+    optimizer = SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
     return [optimizer, *_adagrad(model, settings)]
 
 
@@ -96,7 +97,7 @@ def _adagrad(model: nn.Module, settings: "TrainingSettings") -> Optimizers:
 def _adamw(parameters: list[nn.Parameter], settings: "TrainingSettings") -> torch.optim.Optimizer:
     fused = all(p.device.type in ("cpu", "cuda", "mps") and p.dtype.is_floating_point for p in parameters)
     betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(_decayed(parameters, settings), lr=settings.learning_rate, betas=betas, fused=fused)
+    return AdamW(_decayed(parameters, settings), lr=settings.learning_rate, betas=betas, fused=fused)
 
 
 def _decayed(parameters: list[nn.Parameter], settings: "TrainingSettings") -> list[dict[str, Any]]:

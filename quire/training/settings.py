@@ -53,7 +53,7 @@ class TrainingSettings:
     non_finite: Literal["stop", "skip", "rollback"] = "stop"  # when the loss is not finite, or explodes
     seed: int = 1337  # of weights, order and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    threads: int = 0  # CPU threads; 0: one for each core this process may use
+    threads: int = 0  # CPU threads; 0: as many as are fastest in a short trial, or in short runs one for each core
     decisions: str = ""  # decisions.jsonl of an earlier run with --minutes, to repeat it exactly
 
     def __post_init__(self) -> None:
@@ -63,9 +63,9 @@ class TrainingSettings:
         for name in ("batch_size", "accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
-        for name in (*LENGTHS, "learning_rate", "matrix_learning_rate", "table_learning_rate", "weight_decay", "gradient_clip",
-                     "warmup_steps", "evaluation_interval", "sample_tokens", "patience", "seed", "threads",
-                     "vocabulary_size"):  # fmt: skip
+        for name in (*LENGTHS, "learning_rate", "matrix_learning_rate", "table_learning_rate", "weight_decay",
+                     "gradient_clip", "warmup_steps", "evaluation_interval", "sample_tokens", "patience", "seed",
+                     "threads", "vocabulary_size"):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(
                     f"--{name.replace('_', '-')} must be a finite number of at least 0, not {getattr(self, name)}."

@@ -24,6 +24,7 @@ class TrainingState:
     seconds: float = 0.0  # wall time
     stage: int = 0  # of the curriculum
     cursor: Cursor = field(default_factory=Cursor)  # the place in that stage's data
+    divided: int = 1  # in so many parts each batch: doubled where memory ran out
     # the stretch
     start: int = 0  # step at which it began
     end: int = 0  # step at which it ends; 0: when the clock says so

@@ -25,17 +25,23 @@ STANDARD_INPUT = "standard-input.txt"  # where a run keeps text that came by a p
 def load_data(settings: Settings, piped: bytes | None = None) -> tuple[Settings, Prepared, list[Table]]:
     """The settings with the tokenizer that is taken, the prepared text, and where it came from."""
     corpus, held_out = read_texts(settings, piped)
+    try:
+        settings, prepared = prepared_from(settings, corpus, held_out)
+    finally:
+        corpus.close()
+    return settings, prepared, corpus.origins
+
+
+def prepared_from(settings: Settings, corpus: Corpus, held_out: Corpus | None) -> tuple[Settings, Prepared]:
+    """The settings with the tokenizer that is taken, and a text that was read, prepared."""
     training = settings.training
     if training.tokenizer == AUTO:
         choice = choose_for(corpus.documents.sizes[0])
         size = training.vocabulary_size or choice.vocabulary_size
         say(f"Tokenizer: {choice.kind}, because {choice.why}.")
         training = replace(training, tokenizer=choice.kind, vocabulary_size=size)
-    try:
-        prepared = prepare(corpus, training.tokenizer, held_out, training.vocabulary_size, settings.data.unknown)
-    finally:
-        corpus.close()
-    return replace(settings, training=training), prepared, corpus.origins
+    prepared = prepare(corpus, training.tokenizer, held_out, training.vocabulary_size, settings.data.unknown)
+    return replace(settings, training=training), prepared
 
 
 def read_texts(

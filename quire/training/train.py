@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 import quire
 from quire import files
-from quire.config import Table, from_table
+from quire.config import Table, from_table, write_checked_toml
 from quire.data.pairs import Pairs
 from quire.data.prepare import Prepared
 from quire.data.reading import DataSettings
@@ -58,8 +58,22 @@ def train(
     return train_run(typed(layered(preset, flags=flags)), Path(run) if run is not None else None)
 
 
-def train_run(settings: Settings, path: Path | None = None, began: float | None = None) -> Run:
-    """Train a new run with finished settings; `began` is time.time() at the command's start, for --minutes."""
+@dataclass(frozen=True)
+class Loaded:
+    """A text that was read and prepared before its run begins, as a plan does; `piped` is that of standard input."""
+
+    prepared: Prepared
+    origins: list[Table]
+    piped: bytes | None = None
+
+
+def train_run(
+    settings: Settings, path: Path | None = None, began: float | None = None, loaded: Loaded | None = None
+) -> Run:
+    """Train a new run with finished settings; `began` is time.time() at the command's start, for --minutes.
+
+    A text that is `loaded` already, with these very settings, is not read again.
+    """
     began = began or time.time()
     check_length(settings.training)
     check_pairs(settings)
@@ -68,21 +82,28 @@ def train_run(settings: Settings, path: Path | None = None, began: float | None 
     refuse_existing(path)
     kept = {}
     if decisions := settings.training.decisions:
-        read_decisions(Path(decisions))
+        recorded = [decision.threads for decision in read_decisions(Path(decisions)).values()]
+        if not settings.training.threads and any(recorded):  # the same bits need the same threads
+            settings = replace(settings, training=replace(settings.training, threads=max(recorded)))
         kept["decisions.jsonl"] = Path(decisions).read_bytes()
-    piped = sys.stdin.buffer.read() if "-" in texts else None
+    piped = loaded.piped if loaded else sys.stdin.buffer.read() if "-" in texts else None
     if piped is not None:
         kept[f"data/{STANDARD_INPUT}"] = piped
     if not settings.data.pairs:
         settings = replace(settings, data=replace(settings.data, text=texts))
+    measure = settings.training.threads == 0
     device, threads = prepare_machine(settings.training)
     settings = replace(settings, training=replace(settings.training, threads=threads))
-    settings, prepared, origins = load_data(settings, piped)
+    if loaded:
+        prepared, origins = loaded.prepared, loaded.origins
+    else:
+        settings, prepared, origins = load_data(settings, piped)
     say(f"{', '.join(texts[:3])}: {prepared}")
     settings, prepared = fitted(settings, prepared)
     manifest = describe(settings, prepared, origins, device)
     created = Run.create(path, settings.tables(), prepared.tokenizer, manifest, prepared.validation[:], kept)
-    return train_created(created, settings.training, prepared, device, began, Trainer.begin, keep=piped is not None)
+    begin = begun_with_threads(Trainer.begin) if measure else Trainer.begin
+    return train_created(created, settings.training, prepared, device, began, begin, keep=piped is not None)
 
 
 def check_length(training: TrainingSettings) -> None:
@@ -130,6 +151,24 @@ def train_created(
     return run
 
 
+def begun_with_threads(begin: Callable[[Trainer], None]) -> Callable[[Trainer], None]:
+    """`begin`, and then the number of threads found by measurement, and written into the run."""
+
+    def begun(trainer: Trainer) -> None:
+        begin(trainer)
+        found = trainer.find_threads()
+        if not found.seconds:
+            return
+        run, each = trainer.run, {str(count): round(seconds, 4) for count, seconds in found.seconds.items()}
+        trainer.settings = replace(trainer.settings, threads=found.threads)
+        run.manifest = {**run.manifest, "threads": found.threads, "seconds_a_step_by_threads": each}
+        files.write_json(run.path / "manifest.json", run.manifest)
+        run.config = {**run.config, "training": {**run.config["training"], "threads": found.threads}}
+        write_checked_toml(run.path / "config.toml", run.config)
+
+    return begun
+
+
 def resume(
     run: Run | str | Path,
     *,
@@ -162,7 +201,7 @@ def resume(
             return run
         if (steps or minutes) and not state.finished:
             raise UserError(f"{run.path} is not finished (step {state.step}). Finish it first: quire resume {run.path}")
-        trainer.cut_back_logs()
+        trainer.journal.cut_back(state)
         if steps or minutes:
             say(f"{run.path} trains on from step {state.step}; the learning rate warms up again.")
             trainer.stretch(steps, minutes)

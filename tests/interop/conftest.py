@@ -28,7 +28,14 @@ def random_run(tmp_path: Path, byte_bpe: ByteBPETokenizer) -> Callable[..., Run]
 
     def make(tokenizer: Tokenizer | None = None, prefix: tuple[int, ...] = (), **settings: Any) -> Run:
         known = tokenizer or byte_bpe
-        shape = {"layers": 2, "embedding_size": 64, "heads": 4, "feedforward_size": 96, "context_length": 64}
+        shape = {
+            "layers": 2,
+            "embedding_size": 64,
+            "heads": 4,
+            "feedforward_size": 96,
+            "context_length": 64,
+            "ngram_rows": 64,
+        }
         known_fields = {field.name for field in dataclasses.fields(MODELS[settings["kind"]].Settings)}
         table = {name: value for name, value in shape.items() if name in known_fields} | settings
         own = {"vocabulary_size": known.vocabulary_size, "separator": known.separator}

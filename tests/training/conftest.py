@@ -12,7 +12,7 @@ import torch
 
 from quire import checkpoint, files
 from quire.run import Run
-from quire.training import loop, train
+from quire.training import journal, train
 from quire.training.loop import Trainer
 
 CLOCKS = ("seconds", "tokens_per_second", "memory_bytes")  # what may differ between two equal runs
@@ -100,6 +100,6 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     """Tiny trainings in a temporary folder, without what takes time and is tested elsewhere: plots and fsync."""
     monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "plot_losses", lambda curves, axis, path: files.write_text(path, "a plot"))
+    monkeypatch.setattr(journal, "plot_losses", lambda curves, axis, path: files.write_text(path, "a plot"))
     monkeypatch.setattr(files, "_sync", lambda path: None)
     return Lab(tmp_path)

@@ -65,7 +65,7 @@ def on(lab, monkeypatch):
             patch.setattr(loop, "total_loss", machine.spends("evaluation", loop.total_loss))
             patch.setattr(Writer, "write", machine.spends("sample", Writer.write))
             run = act(*arguments, **options)
-        return run, machine.now - began + machine.sample + clock.EXIT_SECONDS  # one more sample is shown at the end
+        return run, machine.now - began + clock.EXIT_SECONDS
 
     return act_on
 
@@ -111,7 +111,7 @@ def test_the_schedule_ends_when_the_time_does(lab, on):
 
 
 def test_the_decisions_are_on_record(lab, on):
-    run, _ = on(Machine(steady(0.4)), lab.train, "run", minutes=2)
+    run, _ = on(Machine(steady(0.4), evaluation=0.5), lab.train, "run", minutes=2)
     record = decisions(run)
     evaluated = [line["step"] for line in run.metrics() if "validation_loss" in line]
     assert 3 <= len(evaluated) <= clock.EVALUATIONS + 1

@@ -15,7 +15,7 @@ from quire.cli.ending import show_ending
 from quire.errors import UserError
 from quire.plots.loss import plot_losses
 from quire.run import Run
-from quire.training import engines, loop
+from quire.training import engines, journal, loop
 from quire.training.loop import Trainer
 from quire.training.train import resume
 
@@ -76,7 +76,7 @@ def test_bits_per_byte_follows_from_the_loss_and_the_bytes_of_the_held_out_text(
 
 
 def test_the_plot_is_a_picture(lab, monkeypatch):
-    monkeypatch.setattr(loop, "plot_losses", plot_losses)
+    monkeypatch.setattr(journal, "plot_losses", plot_losses)
     run = lab.train("run", steps=20, evaluation_interval=20)
     assert (run.path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
 

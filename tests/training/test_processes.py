@@ -19,6 +19,7 @@ from quire.data.batches import Batch
 from quire.errors import UserError
 from quire.models import build_model
 from quire.models.gpt import GPTSettings
+from quire.models.ngram import NgramSettings
 from quire.models.recurrent import RecurrentSettings
 from quire.training import engines
 from quire.training.engines import ENGINES
@@ -27,7 +28,11 @@ from quire.training.settings import TrainingSettings
 
 WORLD, STEPS = 2, 3
 SHAPE = {"vocabulary_size": 13, "context_length": 8, "embedding_size": 8, "layers": 2}
-MODELS = {"gpt": GPTSettings(**SHAPE, heads=2), "lstm": RecurrentSettings(**SHAPE, cell="lstm")}
+MODELS = {
+    "gpt": GPTSettings(**SHAPE, heads=2),
+    "lstm": RecurrentSettings(**SHAPE, cell="lstm"),
+    "ngram": NgramSettings(**SHAPE, kind="ngram", heads=2, ngram_rows=200),
+}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +90,7 @@ def batches(rows: int) -> Batch:
 
 
 def grads(model: nn.Module) -> list[Tensor]:
-    return [parameter.grad.clone() for parameter in model.parameters()]
+    return [parameter.grad.to_dense().clone() for parameter in model.parameters()]
 
 
 def largest(ours: list[Tensor], theirs: list[Tensor]) -> float:

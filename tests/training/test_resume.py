@@ -65,9 +65,9 @@ import json, os, signal, sys
 import torch._dynamo  # as the first optimizer does: all imports once, for all the processes below
 import quire.cli.resume, quire.cli.train
 from quire.cli.main import call
-from quire.training import loop
+from quire.training import journal, loop
 
-loop.plot_losses = lambda *arguments: None
+journal.plot_losses = lambda *arguments: None
 step_optimizers = loop.Trainer.step_optimizers
 
 def train_and_interrupt(step, name, words, errors):
@@ -110,6 +110,7 @@ def test_sigkill_sigterm_and_ctrl_c_in_processes_of_their_own(lab):
     done = subprocess.run(
         [sys.executable, "-c", SELF_INTERRUPTING, json.dumps(commands)], capture_output=True, text=True, timeout=300
     )
+    assert done.stdout, done.stderr
     assert json.loads(done.stdout) == [-signal.SIGKILL, 143, 130], done.stderr
     assert f"Stopped at step 31 and saved. Go on: quire resume {run}" in errors[1].read_text()
     assert "resumes at step 31" in errors[2].read_text()

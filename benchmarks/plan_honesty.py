@@ -1,0 +1,94 @@
+"""How honest the planner is: six texts, three times; what `quire plan` foretold, and what `quire train` then came to.
+
+    python benchmarks/plan_honesty.py [--minutes 0.25 1 3] [--texts FOLDER] [--fastest]
+
+Each cell is two commands, as a person would call them: `quire plan FILE --minutes M --json`, then `quire train FILE
+--minutes M --json`. The time is wall time of the whole command, CPU seconds beside it. Cells that are in the JSON
+already are not done again. The sweep that the predictions are fitted to (benchmarks/sweep.py) has none of these texts.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from command import ROOT, quire
+from texts import six_texts
+
+TIME_SHARE, TIME_SECONDS, BITS_SHARE = 0.05, 3.0, 0.05  # the promise: within this share of the time, or these seconds
+
+
+def cell(name: str, text: Path, minutes: float, fastest: bool) -> dict[str, Any]:
+    """One text and time: foretold, and come to."""
+    words = [str(text.resolve()), "--minutes", f"{minutes:g}", "--json", *(["--fastest"] if fastest else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        plan = quire(["plan", *words], folder)
+        began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        trained = quire(["train", *words, "--run", "run"], folder)
+        seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = plan["prediction"] or {"bits_per_byte": None, "low": None, "high": None, "extrapolated": None}
+    return {
+        "text": name, "minutes": minutes, "fastest": fastest, "recipe": plan["recipe"],
+        "contention": plan["contention"],
+        "foretold_bits": found["bits_per_byte"], "low": found["low"], "high": found["high"],
+        "extrapolated": found["extrapolated"], "bits_per_byte": trained["bits_per_byte"],
+        "foretold_steps": plan["steps"], "steps": trained["steps"],
+        "foretold_seconds": plan["seconds"], "seconds": round(seconds, 1),
+        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+    }  # fmt: skip
+
+
+def kept(row: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether the time was met, and the bits per byte."""
+    late = abs(row["seconds"] - row["foretold_seconds"])
+    met = late <= max(TIME_SECONDS, TIME_SHARE * row["foretold_seconds"])
+    return met, bool(row["foretold_bits"]) and abs(row["bits_per_byte"] / row["foretold_bits"] - 1) <= BITS_SHARE
+
+
+def show(row: dict[str, Any]) -> None:
+    """A line of the table, in Markdown: docs/planning.md has it."""
+    off = f"{row['bits_per_byte'] / row['foretold_bits'] - 1:+.1%}" if row["foretold_bits"] else "-"
+    foretold = f"{row['foretold_bits']:.3f} ({row['low']:.3f} to {row['high']:.3f})" if row["foretold_bits"] else "-"
+    met, right = kept(row)
+    what = f"{row['text']} | {row['minutes']:g} | {row['recipe']}"
+    times = f"{row['foretold_seconds']:.0f} | {row['seconds']:.1f}"
+    words = " and ".join(f"{name} {'kept' if ok else 'missed'}" for name, ok in (("time", met), ("bits", right)))
+    print(f"| {what} | {times} | {foretold} | {row['bits_per_byte']:.3f} | {off} | {words} |", flush=True)
+
+
+def main() -> None:
+    """Do the cells that are missing, and print all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, nargs="+", default=[0.25, 1.0, 3.0])
+    parser.add_argument("--texts", type=Path, default=Path(tempfile.gettempdir()) / "six-texts", help="made if missing")
+    parser.add_argument("--fastest", action="store_true", help="the recipes with n-gram tables")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "plan_honesty.json")
+    given = parser.parse_args()
+    machine = {"platform": platform.platform(), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
+    rows = json.loads(given.json.read_text())["rows"] if given.json.exists() else []
+    done = {(row["text"], row["minutes"], row["fastest"]) for row in rows}
+    print(
+        "| text | minutes | recipe | seconds foretold | seconds | bits per byte foretold | bits per byte | off | kept |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        show(row)
+    for minutes in sorted(given.minutes):
+        for name, text in six_texts(given.texts).items():
+            if (name, minutes, given.fastest) not in done:
+                rows.append(cell(name, text, minutes, given.fastest))
+                show(rows[-1])
+                given.json.parent.mkdir(parents=True, exist_ok=True)
+                given.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    results = [kept(row) for row in rows]
+    print(f"Of {len(rows)}: {sum(met for met, _ in results)} times met, {sum(ok for _, ok in results)} bits per byte.")
+
+
+if __name__ == "__main__":
+    main()

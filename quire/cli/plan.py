@@ -1,0 +1,124 @@
+"""quire plan: what a training would take and give, before any of it is spent."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tyro.conf import FlagConversionOff, OmitArgPrefixes
+
+from quire.cli.flags import Switch
+from quire.cli.models import amount
+from quire.cli.runs import size
+from quire.cli.train import (
+    EXPORTABLE,
+    FASTEST,
+    Preset,
+    StagedSettings,
+    TextSettings,
+    arguments,
+    family,
+    settings_of,
+    threads,
+)
+from quire.config import Table
+from quire.models import ModelSettings
+from quire.planning.plan import Plan, planned
+from quire.planning.recipes import FAMILIES, Prediction
+from quire.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Say what training on TEXT takes and gives: model, memory, time and the loss to expect. Nothing is trained.
+
+    Takes the flags of quire train, and measures this machine for a few seconds.
+    """
+
+    preset: Preset = "default"  # where the settings start from; without it, what the planner chooses
+    config: str = ""  # a TOML file over the preset, for example another run's config.toml
+    fastest: Switch = False  # a recipe with n-gram tables: a lower loss, in a model that no other program can load
+    json: Switch = False  # print one JSON object on standard output
+    training: OmitArgPrefixes[StagedSettings] = field(default_factory=StagedSettings)
+    data: OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
+    model: FlagConversionOff[ModelSettings] = field(default_factory=ModelSettings)
+
+
+def run(words: list[str]) -> int:
+    """Plan, and print it."""
+    given = arguments(Arguments, words, "plan")
+    wanted = family(words, given)
+
+    def build(recipe: Table) -> Settings:
+        return settings_of(arguments(Arguments, words, "plan", recipe))
+
+    found = planned(build, wanted)
+    print(json.dumps(asdict(found)) if given.json else "\n".join(told(found)))
+    return 0
+
+
+def told(plan: Plan) -> list[str]:
+    """The plan in lines."""
+    best = min(plan.counted)
+    shape = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.model.items() if value)
+    rate = f"{plan.learning_rate:g}"
+    if plan.matrix_learning_rate is not None:
+        rate += f" ({plan.matrix_learning_rate:g} for matrices)"
+    lines = [
+        row("text", f"{plan.text}: {size(plan.bytes)} to train on; counting alone gives {best:.3f} bits per byte"),
+        row("tokenizer", f"{plan.tokenizer}, vocabulary {plan.vocabulary_size:,}"),
+        row("model", f"{kind(plan)}: {shape}, context {plan.context_length}"),
+        row("parameters", total(plan.parameters, amount)),
+        row("training", f"batch {plan.batch_size}, learning rate {rate}, {plan.steps:,} steps, {epochs(plan)}"),
+        row("arithmetic", f"{amount(plan.flops_per_token)} operations a token, forward and backward"),
+        row("memory", f"{total(plan.memory, size)}; there is {size(plan.memory_limit) if plan.memory_limit else '?'}"),
+        row("speed", f"{1000 * plan.step_seconds:.3g} ms a step on {plan.device}, {threads(plan.threads)}, measured"),
+        row("time", f"{plan.seconds / 60:.3g} minutes, from start to exit"),
+        row("expected", expected(plan.prediction)),
+    ]
+    if plan.contention:
+        lines.append(row("", plan.contention))
+    return lines + [row("with", line) for line in otherwise(plan)]
+
+
+def row(name: str, text: str) -> str:
+    """A line of the plan."""
+    return f"{name:12}{text}"
+
+
+def kind(plan: Plan) -> str:
+    """The kind of model, and the recipe where it is one's."""
+    return f"{FAMILIES.get(plan.kind, plan.kind)} (recipe {plan.recipe})" if plan.recipe else plan.kind
+
+
+def total(parts: dict[str, int], spelled: Any) -> str:
+    """A sum and its parts."""
+    return f"{spelled(sum(parts.values()))}: " + ", ".join(f"{name} {spelled(value)}" for name, value in parts.items())
+
+
+def epochs(plan: Plan) -> str:
+    """How often the text is gone through."""
+    return f"{plan.epochs:.3g} times through the text ({amount(plan.tokens)} tokens)"
+
+
+def expected(prediction: Prediction | None) -> str:
+    """A prediction in words."""
+    if prediction is None:
+        return "no bits per byte foretold: only recipes of the sweep are (see docs/planning.md)"
+    words = f"{prediction.bits_per_byte:.3f} bits per byte held out ({prediction.low:.3f} to {prediction.high:.3f})"
+    return words + ("; extrapolated: nothing like it was measured" if prediction.extrapolated else "")
+
+
+def otherwise(plan: Plan) -> list[str]:
+    """What would change with more time, a GPU, or n-gram tables."""
+    lines = []
+    for found, what in ((plan.longer, "{} times the time"), (plan.gpu, "a GPU, if {} times as fast")):
+        if found:
+            words = f"{what.format(found['times'])}: {expected(found['prediction'])}"
+            lines.append(f"{words}, by recipe {found['recipe']}")
+    if plan.fastest:
+        tables: Prediction = plan.fastest["prediction"]
+        gain = "" if plan.prediction is None else f", {tables.bits_per_byte / plan.prediction.bits_per_byte - 1:+.0%}"
+        lines.append(f"--fastest (n-gram tables, which no other program can load): {tables.bits_per_byte:.3f}{gain}")
+    elif plan.recipe and plan.kind == FASTEST:
+        lines.append(f"a model that other programs can load: leave out --fastest ({FAMILIES[EXPORTABLE]})")
+    return lines

@@ -1,0 +1,101 @@
+"""What training a model costs, from its settings alone: parameters, memory and arithmetic, part by part.
+
+inspection/size.py measures a model without contents; here its parameters are told apart, and what the optimizers
+keep of them is added.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from quire.inspection.size import FLOAT, size_of
+from quire.models import ModelSettings
+from quire.run import empty_model
+from quire.training.optimizers import OPTIMIZERS
+from quire.training.settings import Settings, TrainingSettings
+
+PARTS = {"embedding": "embeddings", "positions": "embeddings", "head": "output head", "attention": "attention",
+         "feedforward": "feedforward", "norm": "norms"}  # fmt: skip
+MOMENTS = {"AdamW": 2, "Adam": 2, "Muon": 1, "SGD": 1}  # numbers that an optimizer keeps of each parameter
+TABLES = "RowAdagrad"  # keeps one for each row
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`parameters` by part; `memory` of a training step by part, in bytes; arithmetic for each token trained on."""
+
+    parameters: dict[str, int]
+    memory: dict[str, int]
+    flops_per_token: int
+
+    @property
+    def total_parameters(self) -> int:
+        """Of all parts."""
+        return sum(self.parameters.values())
+
+    @property
+    def total_memory(self) -> int:
+        """Of all parts, in bytes."""
+        return sum(self.memory.values())
+
+
+def cost_of(settings: Settings) -> Cost:
+    """The cost of training with these settings, in float32; the vocabulary size must be known."""
+    shape, training = settings.model, settings.training
+    size = size_of(shape)
+    parameters, rows, kept = counted(shape, training)
+    tables = parameters.get("n-gram tables", 0)
+    numbers = training.batch_size * shape.context_length * shape.vocabulary_size
+    windows = size.recomputed_window_bytes if training.gradient_checkpointing else size.window_bytes
+    logits = FLOAT * numbers
+    weights = sum(parameters.values()) - tables
+    memory = {
+        "weights": FLOAT * weights,
+        "gradients": FLOAT * weights,
+        "optimizer": FLOAT * kept,
+        "activations": max(0, training.batch_size * windows - logits),
+        "logits": 2 * logits,  # and their gradient
+        "n-gram tables": FLOAT * (tables + rows),
+    }
+    flops = 3 * size.flops_per_token
+    return Cost(parameters, {name: value for name, value in memory.items() if value}, flops)
+
+
+def counted(shape: ModelSettings, training: TrainingSettings) -> tuple[dict[str, int], int, int]:
+    """Parameters by part, rows of n-gram tables, and the numbers that the optimizers keep of the rest.
+
+    On torch's fake tensors, which have shapes and no contents.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        model = empty_model(shape, torch.device("cpu"))
+        parts: dict[str, int] = {}
+        for name, parameter in model.named_parameters():
+            where = part_of(name)
+            parts[where] = parts.get(where, 0) + parameter.numel()
+        rows = kept = 0
+        for optimizer in OPTIMIZERS[training.optimizer](model, training):
+            own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            if type(optimizer).__name__ == TABLES:
+                rows += sum(len(parameter) for parameter in own)
+            else:
+                kept += MOMENTS.get(type(optimizer).__name__, 2) * numbers_in(own)
+    return parts, rows, kept
+
+
+def numbers_in(parameters: Iterable[torch.Tensor]) -> int:
+    """How many numbers some tensors have together."""
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to, by its name in the model."""
+    if name.startswith("ngram_embedding"):
+        return "n-gram tables"
+    for word in reversed(name.split(".")):
+        for start, part in PARTS.items():
+            if start in word:
+                return part
+    return "layers"

@@ -1,0 +1,60 @@
+"""The table of recipes, and what is chosen and foretold by it."""
+
+import math
+
+import numpy as np
+import pytest
+
+from quire.planning import recipes
+from quire.planning.recipes import FAMILIES, chosen, features, predicted, table
+from quire.training.settings import layered, typed
+
+COUNTED = [3.4, 2.9, 2.5, 2.3, 2.2]
+
+
+@pytest.mark.parametrize("name", table()["recipes"])
+def test_every_recipe_is_a_configuration(name: str) -> None:
+    recipe = table()["recipes"][name]
+    settings = typed(layered("default", flags=recipe))
+    assert settings.model.kind in FAMILIES
+    assert {"kind", "layers", "embedding_size", "heads", "feedforward_size", "context_length"} <= set(recipe["model"])
+    assert {"batch_size", "optimizer", "learning_rate", "schedule"} <= set(recipe["training"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("core_seconds", [0.01, 15, 1e6])
+@pytest.mark.parametrize("size", [1, 20_000, 10**12])
+def test_there_is_a_recipe_for_every_time_and_text(family: str, core_seconds: float, size: int) -> None:
+    assert table()["recipes"][chosen(family, core_seconds, size)]["model"]["kind"] == family
+
+
+def test_the_nearest_place_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [
+        {"family": "modern", "core_seconds": 15, "bytes": 20_000, "recipe": "small"},
+        {"family": "modern", "core_seconds": 600, "bytes": 20_000, "recipe": "large"},
+        {"family": "ngram", "core_seconds": 600, "bytes": 20_000, "recipe": "tables"},
+    ]
+    monkeypatch.setattr(recipes, "table", lambda: {"choices": places, "recipes": {}})
+    assert [chosen("modern", seconds, 30_000) for seconds in (1, 60, 200, 9000)] == ["small", "small", "large", "large"]
+    assert chosen("ngram", 1, 1) == "tables"
+
+
+def test_a_prediction_is_the_regression_and_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    coefficients = [0.5, -0.1, 0.0, 0.01, 0.0, 0.0, 0.2]
+    fit = {"coefficients": coefficients, "deviation": 0.05, "core_seconds": [15, 60], "bytes": [20_000, 1_000_000]}
+    monkeypatch.setattr(recipes, "table", lambda: {"predictions": {"modern": fit}})
+    found = predicted("modern", 30, 100_000, COUNTED)
+    share = 0.5 - 0.1 * math.log(30) + 0.01 * math.log(100_000) + 0.2 * math.log(3.4 / 2.2)
+    assert found is not None and found.bits_per_byte == pytest.approx(2.2 * math.exp(share))
+    assert (found.low, found.high) == pytest.approx(
+        (found.bits_per_byte / math.exp(0.05), found.bits_per_byte * math.exp(0.05))
+    )
+    assert not found.extrapolated
+    for seconds, size in ((3000, 100_000), (1, 100_000), (30, 10**9), (30, 500)):
+        assert predicted("modern", seconds, size, COUNTED).extrapolated  # type: ignore[union-attr]
+    assert predicted("ngram", 30, 100_000, COUNTED) is None
+    assert predicted("modern", 0, 100_000, COUNTED) is None
+
+
+def test_features_are_finite() -> None:
+    assert np.isfinite(features(1, 1, COUNTED)).all()
