@@ -9,24 +9,14 @@ Prints a table and writes JSON; without --nanogpt, Quire alone.
 
 import argparse
 import json
-import os
-import platform
-import resource
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-NANOGPT_RECIPE = (
-    "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4"
-    " --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
-)
+from command import machine, measured
+from nanogpt import CPU_RECIPE, Peer, estimates
 
 
 def main() -> None:
@@ -70,80 +60,13 @@ def quire(text: Path, minutes: float, seed: int) -> dict[str, Any]:
 
 
 def nanogpt(checkout: Path, text: Path) -> dict[str, Any]:
-    """nanoGPT's CPU recipe in a copy of its checkout; the loss of the checkpoint it kept, over the whole split."""
+    """nanoGPT's CPU recipe in a copy of its checkout; the whole-split loss of the best checkpoint it kept."""
     with tempfile.TemporaryDirectory() as folder:
-        copy, stubs = Path(folder) / "nanoGPT", Path(folder) / "stubs"
-        shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git"))
-        stubs.mkdir()
-        (stubs / "requests.py").write_text("")  # its preparation imports it for a download that is not needed here
-        shutil.copy(text, copy / "data/shakespeare_char/input.txt")
-        subprocess.run(
-            [sys.executable, "data/shakespeare_char/prepare.py"],
-            cwd=copy,
-            env={**os.environ, "PYTHONPATH": str(stubs)},
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *NANOGPT_RECIPE.split()]
-        output, used = measured(command, copy)
-        estimates = [line for line in output.splitlines() if "val loss" in line]
-        return {
-            "name": "nanoGPT, its CPU recipe",
-            "loss": nanogpt_loss(copy),
-            **used,
-            "its_own_estimate": float(estimates[-1].split()[-1]),
-        }
-
-
-def nanogpt_loss(copy: Path) -> float:
-    """The whole-split loss of nanoGPT's checkpoint, by Quire's own measure."""
-    import torch
-
-    from quire.evaluation.loss import total_loss
-    from quire.layers.cross_entropy import IGNORED
-
-    sys.path.insert(0, str(copy))
-    from model import GPT, GPTConfig  # type: ignore[import-not-found]  # nanoGPT's
-
-    saved = torch.load(copy / "out-shakespeare-char/ckpt.pt", weights_only=True)
-
-    class Model(torch.nn.Module):
-        """nanoGPT's model behind Quire's model protocol."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.gpt = GPT(GPTConfig(**saved["model_args"]))
-            self.gpt.load_state_dict(saved["model"])
-
-        def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return self.gpt(tokens, targets.masked_fill(targets == IGNORED, -1))[1]
-
-    held_out = np.fromfile(copy / "data/shakespeare_char/val.bin", dtype=np.uint16)
-    arguments = saved["model_args"]
-    total, count = total_loss(Model(), held_out, arguments["block_size"], arguments["vocab_size"], torch.device("cpu"))
-    return total / count
-
-
-def measured(command: list[str], folder: Path) -> tuple[str, dict[str, float]]:
-    """Run a command in a folder; its standard output, and the wall and CPU seconds of the whole process."""
-    began, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    output = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return output, {"wall_seconds": round(time.time() - began, 1), "cpu_seconds": round(cpu, 1)}
-
-
-def machine() -> dict[str, Any]:
-    """What it ran on."""
-    import torch
-
-    return {
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "kernels": torch.backends.cpu.get_cpu_capability(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+        peer = Peer.copied(checkout, Path(folder, "nanogpt"), text.read_text("utf-8"))
+        output, used = peer.train(CPU_RECIPE)
+        loss, _ = peer.loss()
+    own = estimates(output, used["wall_seconds"])[-1][1]
+    return {"name": "nanoGPT, its CPU recipe", "loss": loss, **used, "its_own_estimate": own}
 
 
 def show(row: dict[str, Any]) -> None:
