@@ -334,7 +334,7 @@ class Trainer:
         Only under --minutes: a run of N steps is to be the same each time it is begun on a machine.
         """
         seconds = 60 * self.state.minutes
-        if self.device.type != "cpu" or seconds < TRIED_SECONDS:
+        if self.device.type != "cpu" or not seconds or seconds < TRIED_SECONDS:
             return Measured(torch.get_num_threads(), {})
         state, self.state = self.state, copy.deepcopy(self.state)
         model = {name: tensor.clone() for name, tensor in checkpoint.model_tensors(self.model).items()}
