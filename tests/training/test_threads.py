@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quire.run import Run
-from quire.training import loop, threads
+from quire.training import threads
 from quire.training.loop import Trainer
 from quire.training.threads import Reading, Watch, judged, measured_threads, reading
 from quire.training.train import resume
@@ -74,8 +74,8 @@ def tried(monkeypatch):
             step()
         return threads.Measured(1, {2: 0.2, 1: 0.1})
 
-    monkeypatch.setattr(loop, "measured_threads", measure)
-    monkeypatch.setattr(loop, "TRIED_SECONDS", 0.0)
+    monkeypatch.setattr(threads, "measured_threads", measure)
+    monkeypatch.setattr(threads, "TRIED_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("settings", [{"optimizer": "muon"}, {"engine": "manual", "curriculum": ("1:8", "1:16")}])
