@@ -159,8 +159,8 @@ class Trainer:
         loss: Tensor | float = 0.0
         for part in parts:
             share = part.counted / counted
+            scale = share * self.precision.loss_scale()
             with self.precision.autocast():
-                scale = share * self.precision.loss_scale()
                 loss = loss + share * self.engine.backpropagate(self.wrapped, part.to(self.device), scale)
         return loss
 
