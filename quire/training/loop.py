@@ -5,7 +5,6 @@ Trainer.update      one optimizer step
 Trainer.evaluate    both losses, a sample, the plot, the checkpoints
 """
 
-import copy
 import math
 import time
 from typing import Any
@@ -26,6 +25,7 @@ from quire.layers.layer import Block
 from quire.progress import Update, bar, say
 from quire.run import Run
 from quire.training import state as states
+from quire.training.average import averaged, follow
 from quire.training.clock import Clock
 from quire.training.curriculum import Curriculum
 from quire.training.engines import ENGINES
@@ -36,11 +36,10 @@ from quire.training.schedules import SCHEDULES, warmed_up
 from quire.training.settings import TrainingSettings
 from quire.training.signals import Signals, Stopped
 from quire.training.state import TrainingState
-from quire.training.threads import Measured, Watch, measured_threads, thread_candidates
+from quire.training.threads import Watch
 
 LINE_STEPS = 10  # a line of metrics.jsonl at least so often
 SAVES, SAVE_SECONDS = 5, 600.0  # checkpoints at least so often in a run, and at least after so much time
-TRIED_SHARE, TRIED_SECONDS = 0.015, 30.0  # of the time go into finding the number of threads, in runs as long as that
 EXPLODED = 2.0  # times the first loss
 PASSES = 10  # steps in a row that may be passed over before training stops
 
@@ -126,6 +125,8 @@ class Trainer:
         # n-gram tables are left out: their Adagrad scales each gradient by its own history in any case.
         self.gradient_norm = float(nn.utils.clip_grad_norm_(split_tables(self.model)[1], clip))
         self.step_optimizers(float(loss))
+        if settings.average:
+            follow(self.optimizers, settings.average, state.step)
         self.model.zero_grad(set_to_none=True)
         state.step += 1
         state.tokens += batch.counted
@@ -159,8 +160,8 @@ class Trainer:
         loss: Tensor | float = 0.0
         for part in parts:
             share = part.counted / counted
+            scale = share * self.precision.loss_scale()
             with self.precision.autocast():
-                scale = share * self.precision.loss_scale()
                 loss = loss + share * self.engine.backpropagate(self.wrapped, part.to(self.device), scale)
         return loss
 
@@ -260,27 +261,28 @@ class Trainer:
     def evaluate(self) -> None:
         """Measure the held-out loss, keep the best, write a sample and the plot, and save."""
         state, began = self.state, time.monotonic()
-        loss, bits = self.held_out_loss()
-        improved = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
-        if improved:
-            state.best_loss, state.best_step, state.stale = loss, state.step, 0
-        else:
-            self.be_patient()
-        self.log(None, validation_loss=loss, validation_bits_per_byte=bits)
-        if self.settings.sample_tokens:
-            self.journal.sample(state, self.model, self.validation, loss)
-        if not state.end and not state.finished:
-            self.clock.evaluation_seconds = max(self.clock.evaluation_seconds, time.monotonic() - began)
-            self.clock.decide(state)
-            state.finished = state.progress > 1 - 1e-9
-        self.journal.plot(state.finished)
-        if not state.end and state.finished:
-            self.clock.end(state)
-        if state.end:
-            state.next_evaluation = min(state.end, state.step + self.interval())
-        state.seconds = self.clock.elapsed()
-        if improved:
-            self.save("best")
+        with averaged(self.optimizers):
+            loss, bits = self.held_out_loss()
+            improved = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
+            if improved:
+                state.best_loss, state.best_step, state.stale = loss, state.step, 0
+            else:
+                self.be_patient()
+            self.log(None, validation_loss=loss, validation_bits_per_byte=bits)
+            if self.settings.sample_tokens:
+                self.journal.sample(state, self.model, self.validation, loss)
+            if not state.end and not state.finished:
+                self.clock.evaluation_seconds = max(self.clock.evaluation_seconds, time.monotonic() - began)
+                self.clock.decide(state)
+                state.finished = state.progress > 1 - 1e-9
+            self.journal.plot(state.finished)
+            if not state.end and state.finished:
+                self.clock.end(state)
+            if state.end:
+                state.next_evaluation = min(state.end, state.step + self.interval())
+            state.seconds = self.clock.elapsed()
+            if improved:
+                self.save("best")
         self.save("last")
         self.clock.evaluation_seconds = time.monotonic() - began
         self.clock.start_measuring(state.step)
@@ -319,7 +321,7 @@ class Trainer:
     def save(self, which: str) -> None:
         """Write the checkpoint `best` or `last`; the second that is written of one state is the first one's files."""
         table = self.state.to_table()
-        if which == "last" and self.best == table:
+        if which == "last" and self.best == table and not self.settings.average:
             checkpoint.save_again(self.run.folder("last"), self.run.folder("best"))
         else:
             states.save(self.run.folder(which), self.state, self.model, self.optimizers, self.scaler)
@@ -328,26 +330,6 @@ class Trainer:
         self.saved = time.monotonic()
 
     # ---- starting ----
-
-    def find_threads(self) -> Measured:
-        """Measure which number of threads steps of this very training are fastest with; leaves everything as it was.
-
-        Only under --minutes: a run of N steps is to be the same each time it is begun on a machine.
-        """
-        seconds = 60 * self.state.minutes
-        if self.device.type != "cpu" or seconds < TRIED_SECONDS:
-            return Measured(torch.get_num_threads(), {})
-        state, self.state = self.state, copy.deepcopy(self.state)
-        model = {name: tensor.clone() for name, tensor in checkpoint.model_tensors(self.model).items()}
-        training = states.training_tensors(self.model, self.optimizers, self.scaler)
-        training = {name: tensor.clone() for name, tensor in training.items()}
-        self.wrap_model()
-        found = measured_threads(self.update, thread_candidates(), TRIED_SHARE * seconds)
-        self.state = state
-        checkpoint.load_model_tensors(self.model, model, self.run.path)
-        states.restore_training_tensors(training, self.model, self.optimizers, self.scaler)
-        torch.set_num_threads(found.threads)
-        return found
 
     def begin(self) -> None:
         """A new run: its length from the settings; an epoch is as many windows as cover the text, or all pairs."""

@@ -4,16 +4,24 @@ More threads are not always faster: small layers wait for one another more than 
 wants the same cores, each step waits for its slowest thread (benchmarks/NOTES.md, "Threads that wait").
 """
 
+import copy
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from quire import checkpoint
 from quire.devices import usable_cores
+from quire.training import state as states
+
+if TYPE_CHECKING:
+    from quire.training.loop import Trainer
 
 NEARLY = 1.05  # a number of threads that takes at most so much longer than the fastest is as good, if it is smaller
+TRIED_SHARE, TRIED_SECONDS = 0.015, 30.0  # of the time of a run go into measuring, if it is as long as that
 ROUNDS = 5  # of measurements, at most
 WATCHED_SECONDS = 3.0  # after which contention is judged
 SLOWED = 1.2  # times the time that it would take alone: worth a sentence
@@ -63,6 +71,31 @@ def measured_threads(step: Callable[[], object], candidates: Sequence[int], seco
     typical = {count: statistics.median(times) for count, times in taken.items()}
     limit = NEARLY * min(typical.values())
     return Measured(min(count for count, each in typical.items() if each <= limit), typical)
+
+
+def find_threads(trainer: "Trainer") -> Measured:
+    """Measure which number of threads steps of this very training are fastest with; leaves everything as it was.
+
+    Only under --minutes, on a CPU: a run of N steps is to be the same each time it is begun on a machine.
+    """
+    import torch
+
+    seconds = 60 * trainer.state.minutes
+    if trainer.device.type != "cpu" or not seconds or seconds < TRIED_SECONDS:
+        return Measured(torch.get_num_threads(), {})
+    state, trainer.state = trainer.state, copy.deepcopy(trainer.state)
+    model = {name: tensor.clone() for name, tensor in checkpoint.model_tensors(trainer.model).items()}
+    training = states.training_tensors(trainer.model, trainer.optimizers, trainer.scaler)
+    training = {name: tensor.clone() for name, tensor in training.items()}
+    try:
+        trainer.wrap_model()
+        found = measured_threads(trainer.update, thread_candidates(), TRIED_SHARE * seconds)
+    finally:
+        trainer.state = state
+        checkpoint.load_model_tensors(trainer.model, model, trainer.run.path)
+        states.restore_training_tensors(training, trainer.model, trainer.optimizers, trainer.scaler)
+    torch.set_num_threads(found.threads)
+    return found
 
 
 # ---- contention ---------------------------------------------------------------------------------------------------

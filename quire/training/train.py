@@ -30,6 +30,7 @@ from quire.training.curriculum import Curriculum
 from quire.training.loop import Trainer
 from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
 from quire.training.texts import STANDARD_INPUT, find_data, load_data
+from quire.training.threads import find_threads
 from quire.training.verify import first_difference
 
 DEFAULT_CORPUS = "shakespeare"
@@ -156,7 +157,7 @@ def begun_with_threads(begin: Callable[[Trainer], None]) -> Callable[[Trainer], 
 
     def begun(trainer: Trainer) -> None:
         begin(trainer)
-        found = trainer.find_threads()
+        found = find_threads(trainer)
         if not found.seconds:
             return
         run, each = trainer.run, {str(count): round(seconds, 4) for count, seconds in found.seconds.items()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quire.run import Run
-from quire.training import loop, threads
+from quire.training import threads
 from quire.training.loop import Trainer
 from quire.training.threads import Reading, Watch, judged, measured_threads, reading
 from quire.training.train import resume
@@ -74,8 +74,8 @@ def tried(monkeypatch):
             step()
         return threads.Measured(1, {2: 0.2, 1: 0.1})
 
-    monkeypatch.setattr(loop, "measured_threads", measure)
-    monkeypatch.setattr(loop, "TRIED_SECONDS", 0.0)
+    monkeypatch.setattr(threads, "measured_threads", measure)
+    monkeypatch.setattr(threads, "TRIED_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("settings", [{"optimizer": "muon"}, {"engine": "manual", "curriculum": ("1:8", "1:16")}])
@@ -92,7 +92,7 @@ def test_the_trial_leaves_no_trace(lab, tried, settings):
 
 
 def test_a_resumed_run_keeps_its_threads(lab, tried, monkeypatch):
-    lab.killed(3, lab.train, "run", threads=0, minutes=0.04)
+    lab.killed(4, lab.train, "run", threads=0, minutes=0.06)  # after the trial's four steps
     seen, update = set(), Trainer.update
     monkeypatch.setattr(Trainer, "update", lambda trainer: seen.add(torch.get_num_threads()) or update(trainer))
     torch.set_num_threads(2)
@@ -121,9 +121,9 @@ def after(**more: float) -> Reading:
         (after(now=10, own=10, waited=0.1, busy=20), None),  # the other core's business
         (
             after(now=10, own=10, waited=10, busy=20),
-            "about 50% of this machine: training takes about 2.0 times as long",
+            "about 50% of this machine: training takes about 2.0 times",
         ),
-        (after(now=10, own=4, waited=14, busy=20), "about 80% of this machine: training takes about 4.5 times as long"),
+        (after(now=10, own=4, waited=14, busy=20), "about 80% of this machine: training takes about 4.5 times"),
         (after(now=10, own=5, waited=0, busy=20, throttled=5), "quota of processor time for 50% of the time"),
     ],
 )
