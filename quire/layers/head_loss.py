@@ -15,6 +15,8 @@ from quire.layers.cross_entropy import IGNORED, CrossEntropy
 from quire.layers.layer import add_grad
 from quire.layers.linear import OutputHead
 
+WORTH_IT = 1024  # from a vocabulary of this size on
+MULTIPLE = 64  # a row of logits has room for a multiple of so many: matrix kernels like aligned rows
 LOGITS = 1 << 24  # at once: 64 MB of float32 on a CPU ...
 GPU_LOGITS = 1 << 28  # ... and 512 MB of bfloat16 on a GPU, whose products want many rows
 BLOCK = 1 << 19  # of them that a CPU takes through all steps of the softmax before the next: they stay in its cache
@@ -35,8 +37,7 @@ class HeadLoss(CrossEntropy):
     def of(self, head: OutputHead, x: Tensor, targets: Tensor) -> Tensor:
         """The loss of x (..., C) against targets (...) of integers below V, or IGNORED."""
         if not self.together(head):
-            # Logits of -infinity, which fill up a padded vocabulary, would make a smoothed loss infinite.
-            return self(head(x, padded=not self.label_smoothing), targets)
+            return self(head(x), targets)
         smoothing = self.label_smoothing if self.training else 0.0
         traced = torch.compiler.is_compiling()
         if self.tape is None:
@@ -57,7 +58,7 @@ class HeadLoss(CrossEntropy):
 
     def together(self, head: OutputHead) -> bool:
         """Whether the logits are so many that it pays."""
-        return not self.apart and len(head.weight) >= head.WORTH_IT
+        return not self.apart and len(head.weight) >= WORTH_IT
 
 
 def in_pieces(
@@ -67,17 +68,17 @@ def in_pieces(
     device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+    low = dtype.itemsize < 4
     rows, matrix, targets = x.flatten(0, -2).to(dtype), weight.to(dtype), targets.flatten().unsqueeze(-1)
     counted = targets != IGNORED
-    share = counted.to(torch.float32 if dtype.itemsize < 4 else dtype) / counted.sum().clamp(
-        min=1
-    )  # of each row, (N, 1)
+    count = counted.sum().clamp(min=1)
+    # Of each row in the mean, (N, 1). In reduced precision at the end: a share of a small gradient could become 0.
+    share = counted.float() if low else counted.to(dtype) / count
     index = targets.masked_fill(~counted, 0)
     loss, grad_x = share.new_zeros(()), torch.empty_like(rows) if wanted[0] else None
     grad_weight = torch.zeros_like(weight) if wanted[1] else None
     at_once = max(1, (LOGITS if device == "cpu" else GPU_LOGITS) // len(weight))
-    # Kernels like aligned rows (see OutputHead): each has room for a multiple of 64.
-    room = rows.new_empty(min(at_once, len(rows)), len(weight) + -len(weight) % OutputHead.MULTIPLE)
+    room = rows.new_empty(min(at_once, len(rows)), len(weight) + -len(weight) % MULTIPLE)
     for first in range(0, len(rows), at_once):
         piece = slice(first, first + at_once)
         logits = room[: len(rows[piece]), : len(weight)]
@@ -86,11 +87,14 @@ def in_pieces(
         if grad_x is not None:  # dL/dx = G W, with G (n, V) what the logits have become
             torch.mm(logits, matrix, out=grad_x[piece])
         if grad_weight is not None:  # dL/dW = sum over rows of G^T x
-            if matrix.dtype is weight.dtype:
-                grad_weight.addmm_(logits.T, rows[piece])
-            else:
+            if low:
                 grad_weight += logits.T @ rows[piece]
-    return loss, None if grad_x is None else grad_x.view(x.shape).to(x.dtype), grad_weight
+            else:
+                grad_weight.addmm_(logits.T, rows[piece])
+    grad_x = None if grad_x is None else grad_x.view(x.shape).to(x.dtype)
+    if low:
+        loss, grad_x, grad_weight = (None if each is None else each.div_(count) for each in (loss, grad_x, grad_weight))
+    return loss, grad_x, grad_weight
 
 
 def softmax_and_back(
