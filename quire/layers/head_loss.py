@@ -24,7 +24,7 @@ BLOCK = 1 << 19  # of them that a CPU takes through all steps of the softmax bef
 
 class HeadLoss(CrossEntropy):
     """Cross-entropy that can take the output head before it along: `of(head, x, targets)` is
-    `self(head(x), targets)`, and `undo(head, grad)` is `head.backward(self.backward(grad))`.
+    `self(head(x), targets)`, and `undo(grad, head)` is `head.backward(self.backward(grad))`.
 
     The logits of GPT-2, 1,024 tokens by 50,257, are 206 MB, and so is each of the steps from them to their gradient.
     But the loss is the last layer: a row's gradient is known as soon as its logits are. So where the vocabulary is
@@ -47,7 +47,7 @@ class HeadLoss(CrossEntropy):
         self.save(*gradients)
         return loss
 
-    def undo(self, head: OutputHead, grad: Tensor | float = 1.0) -> Tensor:
+    def undo(self, grad: Tensor | float, head: OutputHead) -> Tensor:
         """Undo the last recorded `of`: add to the gradient of the head's weights, and give that of x."""
         if not self.together(head):
             return head.backward(self.backward(grad))

@@ -173,7 +173,7 @@ class Decoder(Layer):
 
     def backward(self, grad: Tensor | float = 1.0) -> None:
         """Undo the last recorded loss: add `grad` times its gradient to every parameter's `.grad`."""
-        gradient = self.loss.undo(self.head, grad)
+        gradient = self.loss.undo(grad, self.head)
         if self.norm is not None:
             gradient = self.norm.backward(gradient)
         for block in reversed(self.blocks):

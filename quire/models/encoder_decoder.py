@@ -266,7 +266,7 @@ class EncoderDecoder(Layer):
     def backward(self, grad: Tensor | float = 1.0) -> None:
         """Undo the last recorded loss: add `grad` times its gradient to every parameter's `.grad`."""
         scale = math.sqrt(self.settings.embedding_size)
-        gradient = self.loss.undo(self.head, grad)
+        gradient = self.loss.undo(grad, self.head)
         if self.norm is not None:
             gradient = self.norm.backward(gradient)
         from_layers = []

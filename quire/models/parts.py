@@ -198,7 +198,7 @@ class PartsModel(Layer):
 
     def backward(self, grad: Tensor | float = 1.0) -> None:
         """Undo the last recorded loss: add `grad` times its gradient to every parameter's `.grad`."""
-        gradient = self.loss.undo(self.head, grad)
+        gradient = self.loss.undo(grad, self.head)
         for part in reversed(self.blocks):
             assert isinstance(part, Part)
             gradient = part.undo(gradient)

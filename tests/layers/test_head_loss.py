@@ -41,7 +41,7 @@ def found(engine: str, layer: HeadLoss, head: OutputHead, x: Tensor, targets: Te
     head.weight.grad = x.grad = None
     if engine == "manual":
         with torch.no_grad(), recording(layer), recording(head):
-            return layer.of(head, x, targets), layer.undo(head, scale), head.weight.grad
+            return layer.of(head, x, targets), layer.undo(scale, head), head.weight.grad
     loss = layer.of(head, x, targets)
     (loss * scale).backward()
     return loss.detach(), x.grad, head.weight.grad
@@ -74,7 +74,7 @@ def test_gradients_are_added_to_what_is_there(engine, pieces):
         layer = HeadLoss()
         with torch.no_grad(), recording(layer):
             layer.of(head, x, targets)
-            layer.undo(head)
+            layer.undo(1.0, head)
     else:
         HeadLoss().of(head, x, targets).backward()
     torch.testing.assert_close(head.weight.grad, once + 1, rtol=0, atol=1e-12)
