@@ -66,7 +66,7 @@ def in_pieces(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The mean loss of logits x W^T over the targets that count, and its gradients by x and W where `wanted`."""
     device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device)
     low = dtype.itemsize < 4
     rows, matrix, targets = x.flatten(0, -2).to(dtype), weight.to(dtype), targets.flatten().unsqueeze(-1)
@@ -76,7 +76,7 @@ def in_pieces(
     share = counted.float() if low else counted.to(dtype) / count
     index = targets.masked_fill(~counted, 0)
     loss, grad_x = share.new_zeros(()), torch.empty_like(rows) if wanted[0] else None
-    grad_weight = torch.zeros_like(weight) if wanted[1] else None
+    grad_weight = torch.zeros_like(weight) if wanted[1] and low else torch.empty_like(weight) if wanted[1] else None
     at_once = max(1, (LOGITS if device == "cpu" else GPU_LOGITS) // len(weight))
     room = rows.new_empty(min(at_once, len(rows)), len(weight) + -len(weight) % MULTIPLE)
     for first in range(0, len(rows), at_once):
@@ -86,11 +86,11 @@ def in_pieces(
         loss += softmax_and_back(logits, index[piece], share[piece], smoothing, traced, any(wanted))
         if grad_x is not None:  # dL/dx = G W, with G (n, V) what the logits have become
             torch.mm(logits, matrix, out=grad_x[piece])
-        if grad_weight is not None:  # dL/dW = sum over rows of G^T x
+        if grad_weight is not None:  # dL/dW = sum over rows of G^T x; the first piece writes where nothing stands yet
             if low:
                 grad_weight += logits.T @ rows[piece]
             else:
-                grad_weight.addmm_(logits.T, rows[piece])
+                grad_weight.addmm_(logits.T, rows[piece], beta=float(first > 0))
     grad_x = None if grad_x is None else grad_x.view(x.shape).to(x.dtype)
     if low:
         loss, grad_x, grad_weight = (None if each is None else each.div_(count) for each in (loss, grad_x, grad_weight))
