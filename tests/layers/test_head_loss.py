@@ -166,3 +166,30 @@ def test_every_model_has_the_gradients_of_its_own_logits(kind, small_settings):
         largest = 1e-10 * max(1.0, float(wanted.abs().max()))
         assert float((parameter.grad - wanted).abs().max()) < largest
         assert float((hand.grad - wanted).abs().max()) < largest
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_traced_block_is_the_same(smoothing):
+    """As a GPU takes it in a compiled model: the wanted column by comparison, not by a scatter."""
+    torch._dynamo.reset()
+    head, x, targets = given(0)
+    logits = F.linear(x.detach(), head.weight.detach()).flatten(0, 1)
+    both = [logits.clone(), logits.clone()]
+    share = torch.rand(14, 1, dtype=torch.float64)
+    traced = torch.compile(head_loss.block, backend="aot_eager")
+    losses = [
+        step(z, targets.view(-1, 1), share, smoothing, True)
+        for step, z in zip([head_loss.block, traced], both, strict=True)
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-14, atol=0)
+    torch.testing.assert_close(*both, rtol=0, atol=1e-14)
+
+
+def test_a_compiled_model_has_the_same_gradients(small_settings):
+    torch._dynamo.reset()
+    model = build_model(small_settings("gpt", vocabulary_size=V, dropout=0.0)).double()
+    tokens, targets = torch.randint(V, (2, 6)), torch.randint(V, (2, 6))
+    expected = torch.autograd.grad(model(tokens, targets), list(model.parameters()))
+    torch.compile(model, backend="aot_eager")(tokens, targets).backward()
+    for parameter, wanted in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=0, atol=1e-12)
