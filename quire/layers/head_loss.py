@@ -93,7 +93,9 @@ def in_pieces(
                 grad_weight.addmm_(logits.T, rows[piece], beta=float(first > 0))
     grad_x = None if grad_x is None else grad_x.view(x.shape).to(x.dtype)
     if low:
-        loss, grad_x, grad_weight = (None if each is None else each.div_(count) for each in (loss, grad_x, grad_weight))
+        for each in (loss, grad_x, grad_weight):
+            if each is not None:
+                each.div_(count)
     return loss, grad_x, grad_weight
 
 
