@@ -40,7 +40,10 @@ HANDED = {"add_grad": 1, "add_product": 1, "index_add_": 2, "scatter_add_": 2, "
 # calls, and which of their arguments is a gradient, or a part of one
 OPPOSITE = {"add_": "sub_", "sub_": "add_", "add": "sub", "sub": "add"}
 PRODUCTS = ("addcmul", "addcmul_")  # a + value b c
-LEFT_OUT = ("layers/layer.py",)  # the base: its `undo` does not run here, where no block is recomputed
+LEFT_OUT = (
+    "layers/layer.py",  # the base: its `undo` does not run here, where no block is recomputed
+    "layers/head_loss.py",  # nor this, where head and loss are looked at one by one
+)
 
 # A curve's value and slope are made together. Where both are broken the forward pass is another one too, and the layers
 # around the curve, which are compared with the right one, are named beside it.

@@ -63,6 +63,22 @@ def set_threads(count: int) -> int:
     return count
 
 
+def keep_freed_memory() -> None:
+    """Let this process keep memory that it frees, where the C library is glibc; elsewhere nothing.
+
+    Each training step needs the same large tensors again. glibc gives them back to the system and fetches fresh pages,
+    which that must clear first: 400,000 page faults and a tenth of the time of a step of GPT-2 (benchmarks/NOTES.md).
+    """
+    import ctypes
+
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, most_mappings = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    adjust = ctypes.CDLL(None).mallopt
+    adjust(most_mappings, 0)
+    adjust(trim_threshold, 2**31 - 1)
+
+
 def unused_card() -> str | None:
     """A sentence where the machine has an NVIDIA card that this torch cannot use, else None."""
     import torch

@@ -17,6 +17,7 @@ from quire.errors import UserError
 from quire.inspection.calls import Call, Forward, Provenance, norm, watched
 from quire.inspection.local_check import Apart
 from quire.inspection.undoing import Backward, Undone
+from quire.layers.head_loss import HeadLoss
 from quire.layers.layer import Block, Layer, recording
 from quire.progress import bar
 from quire.run import Run
@@ -196,20 +197,26 @@ def one_pass(
 
 @contextmanager
 def as_in_training(model: Layer, seed: int) -> Iterator[None]:
-    """Training mode, no block recomputed, no gradients; put back afterwards, the random generator too."""
+    """Training mode, no block recomputed, head and loss apart, no gradients; put back afterwards, the random generator
+    too."""
     assert all(p.dtype == torch.float64 and p.device.type == "cpu" for p in model.parameters()), "a model in float64"
     blocks = [block for block in model.modules() if isinstance(block, Block)]
+    losses = [layer for layer in model.modules() if isinstance(layer, HeadLoss)]
     before = model.training, torch.get_rng_state(), [block.recomputed for block in blocks]
     try:
         model.train()
         for block in blocks:
             block.recomputed = False
+        for loss in losses:
+            loss.apart = True
         yield
     finally:
         model.train(before[0])
         torch.set_rng_state(before[1])
         for block, recomputed in zip(blocks, before[2], strict=True):
             block.recomputed = recomputed
+        for loss in losses:
+            loss.apart = False
         model.zero_grad(set_to_none=True)
 
 

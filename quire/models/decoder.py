@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from quire.errors import UserError
 from quire.layers.blocks import PreNormBlock
 from quire.layers.cache import KeyValueCache
-from quire.layers.cross_entropy import CrossEntropy
 from quire.layers.dropout import Dropout
 from quire.layers.embedding import Embedding
+from quire.layers.head_loss import HeadLoss
 from quire.layers.layer import Layer
 from quire.layers.linear import Linear, OutputHead
 from quire.layers.positions import RotaryPositions
@@ -101,7 +101,7 @@ class Decoder(Layer):
         self.patterns = [patterns[number % len(patterns)] for number in range(len(blocks))]
         self.norm = norm
         self.head = OutputHead(settings.embedding_size, settings.vocabulary_size)
-        self.loss = CrossEntropy()
+        self.loss = HeadLoss()
         self.initialize()
         self.tie()
 
@@ -171,11 +171,11 @@ class Decoder(Layer):
             cache.advance(new, mask, begins)
         if targets is None:
             return self.head(x)  # (B, T, V)
-        return self.loss(self.head(x, padded=True), targets)
+        return self.loss.of(self.head, x, targets)
 
     def backward(self, grad: Tensor | float = 1.0) -> None:
         """Undo the last recorded loss: add `grad` times its gradient to every parameter's `.grad`."""
-        gradient = self.head.backward(self.loss.backward(grad))
+        gradient = self.loss.undo(grad, self.head)
         if self.norm is not None:
             gradient = self.norm.backward(gradient)
         for block in reversed(self.blocks):

@@ -19,10 +19,11 @@ from quire.layers.attention import MultiHeadAttention, Visible
 from quire.layers.blocks import BLOCKS, PostNormBlock, PreNormBlock
 from quire.layers.cache import KeyValueCache
 from quire.layers.cross_attention import CrossAttention, source_visibility
-from quire.layers.cross_entropy import IGNORED, CrossEntropy
+from quire.layers.cross_entropy import IGNORED
 from quire.layers.dropout import Dropout
 from quire.layers.embedding import Embedding
 from quire.layers.feedforward import FeedForward
+from quire.layers.head_loss import HeadLoss
 from quire.layers.layer import Layer
 from quire.layers.linear import Linear, OutputHead
 from quire.layers.normalization import LayerNorm
@@ -186,7 +187,7 @@ class EncoderDecoder(Layer):
         self.decoder = nn.ModuleList(DECODER_BLOCKS[placement](settings) for _ in range(settings.layers))
         self.norm = None if placement == "post" else LayerNorm(size, epsilon=settings.norm_epsilon)
         self.head = OutputHead(size, settings.vocabulary_size)
-        self.loss = CrossEntropy(settings.label_smoothing)
+        self.loss = HeadLoss(settings.label_smoothing)
         self.initialize()
         self.tie()
 
@@ -244,8 +245,7 @@ class EncoderDecoder(Layer):
             cache.target.advance(new, mask)
         if targets is None:
             return self.head(x)  # (B, T, V)
-        # Logits of -infinity, which fill up a padded vocabulary, would make a smoothed loss infinite.
-        return self.loss(self.head(x, padded=not self.settings.label_smoothing), targets)
+        return self.loss.of(self.head, x, targets)
 
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """What the encoder makes of a source (B, S): the memory (B, S, C), and where it may be looked at."""
@@ -266,7 +266,7 @@ class EncoderDecoder(Layer):
     def backward(self, grad: Tensor | float = 1.0) -> None:
         """Undo the last recorded loss: add `grad` times its gradient to every parameter's `.grad`."""
         scale = math.sqrt(self.settings.embedding_size)
-        gradient = self.head.backward(self.loss.backward(grad))
+        gradient = self.loss.undo(grad, self.head)
         if self.norm is not None:
             gradient = self.norm.backward(gradient)
         from_layers = []

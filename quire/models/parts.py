@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from quire.layers.attention import MultiHeadAttention, Visible
 from quire.layers.cache import KeyValueCache, Past
-from quire.layers.cross_entropy import CrossEntropy
 from quire.layers.dropout import Dropout
 from quire.layers.embedding import Embedding
+from quire.layers.head_loss import HeadLoss
 from quire.layers.layer import Block, Layer
 from quire.layers.linear import OutputHead
 from quire.layers.normalization import LayerNorm, RMSNorm
@@ -162,7 +162,7 @@ class PartsModel(Layer):
         self.blocks = nn.ModuleList(parts)
         self.looks_back = any(part.looks_back for part in parts)
         self.head = OutputHead(outputs, settings.vocabulary_size)
-        self.loss = CrossEntropy()
+        self.loss = HeadLoss()
         if tied:
             self.head.weight = self.token_embedding.weight
 
@@ -194,11 +194,11 @@ class PartsModel(Layer):
             cache.advance(tokens.shape[1], whole_mask, begins)
         if targets is None:
             return self.head(x)  # (B, T, V)
-        return self.loss(self.head(x, padded=True), targets)
+        return self.loss.of(self.head, x, targets)
 
     def backward(self, grad: Tensor | float = 1.0) -> None:
         """Undo the last recorded loss: add `grad` times its gradient to every parameter's `.grad`."""
-        gradient = self.head.backward(self.loss.backward(grad))
+        gradient = self.loss.undo(grad, self.head)
         for part in reversed(self.blocks):
             assert isinstance(part, Part)
             gradient = part.undo(gradient)

@@ -1,11 +1,13 @@
 """Mixed precision and compilation: both wrap a model from outside, which knows nothing of them."""
 
 import contextlib
+import os
 from typing import Any
 
 import torch
 from torch import nn
 
+from quire import files
 from quire.errors import UserError
 from quire.models import ModelSettings
 from quire.progress import say
@@ -41,11 +43,15 @@ class Precision:
 
 
 def compiled(model: nn.Module, settings: TrainingSettings, precision: Precision, vocabulary: int, context: int) -> Any:
-    """The model compiled where the settings ask for it or it pays, else as it is; a failure is said and survived."""
+    """The model compiled where the settings ask for it or it pays, else as it is; a failure is said and survived.
+
+    What was compiled is kept in the user's cache folder, where the next run of the same shape finds it.
+    """
     long = settings.minutes >= COMPILE_MINUTES or settings.steps >= COMPILE_STEPS
     pays = precision.device.type == "cuda" and long and settings.engine == "autograd"
     if settings.compile == "no" or (settings.compile == "auto" and not pays):
         return model
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(files.cache_folder() / "torch-inductor"))
     faster = torch.compile(model)
     cuda = [precision.device] if precision.device.type == "cuda" else []
     try:

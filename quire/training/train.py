@@ -21,7 +21,7 @@ from quire.data.pairs import Pairs
 from quire.data.prepare import Prepared
 from quire.data.reading import DataSettings
 from quire.data.tasks import TASKS
-from quire.devices import choose_device, set_threads, unused_card
+from quire.devices import choose_device, keep_freed_memory, set_threads, unused_card
 from quire.errors import UserError
 from quire.progress import say
 from quire.run import Run, refuse_existing
@@ -275,6 +275,7 @@ def prepare_machine(training: TrainingSettings) -> tuple[torch.device, int]:
     device = choose_device(training.device)
     if sentence := unused_card():
         say(sentence, "yellow")
+    keep_freed_memory()
     return device, set_threads(training.threads)
 
 

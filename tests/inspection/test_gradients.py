@@ -127,6 +127,15 @@ def test_the_calls_of_a_gpt_and_whose_results_they_read(built):
     assert query.gradient_picture is not None and len(query.gradient_picture[0]) == 16
 
 
+def test_head_and_loss_are_seen_apart_where_training_takes_them_together(built):
+    model = built("gpt", vocabulary_size=1100, layers=1)
+    assert model.loss.together(model.head)
+    found = walk(model, arguments(model))
+    head, loss = (next(call for call in found.calls if call.name == name) for name in ("head", "loss"))
+    assert head.verdict == loss.verdict == AGREES and head.outputs == ((1, 8, 1100),)
+    assert model.loss.together(model.head)
+
+
 def test_shared_layers_are_several_calls(built):
     found = walk(built("modern", layers=1), arguments(built("modern")))
     turns = [call for call in found.calls if call.name == "rotary"]
