@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quire.errors import UserError
 from quire.layers.linear import Linear
-from quire.layers.product import fast, product
+from quire.layers.product import Product, fast
 
 Weights = Literal["float32", "int8"]
 
@@ -25,22 +25,19 @@ class FixedLinear(Linear):
 
     def __init__(self, linear: Linear, weights: Weights) -> None:
         nn.Module.__init__(self)
-        self.bias = linear.bias
-        self.scale: Tensor | None = None
-        if weights == "float32":
-            self.weight = linear.weight  # shared, also where it is tied
-            return
-        whole, scale = rounded(linear.weight.detach())
-        del self._parameters["bias"]
-        self.register_buffer("weight", whole)  # type: ignore[assignment]
+        self.bias: Any = linear.bias  # shared, like the weight; that also where it is tied
+        self.weight: Any = linear.weight
+        scale: Tensor | None = None
+        if weights == "int8":
+            del self.weight
+            whole, scale = rounded(linear.weight.detach())
+            self.register_buffer("weight", whole)
         self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.product = Product(self.weight, self.bias, scale)
 
     def forward(self, x: Tensor, padded: bool = False) -> Tensor:
         """`padded` asks an OutputHead for columns without probability; there are none here, which is the same."""
-        if torch.is_grad_enabled():
-            x = x.detach()
-        return product(x, self.weight.detach(), None if self.bias is None else self.bias.detach(), self.scale)
+        return self.product(x.detach())
 
     def backward(self, grad: Tensor) -> Any:
         raise NotImplementedError("a FixedLinear does not learn: train the Linear it was made of")
@@ -54,7 +51,7 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fix(model: nn.Module, weights: Weights = "float32") -> nn.Module:
-    """The model, ready to write on a CPU: each of its Linears replaced by a FixedLinear. It can no longer be trained.
+    """The model, ready to write on a CPU: each of its Linears replaced by a FixedLinear. It can be trained no longer.
 
     An embedding keeps its float32 numbers, of which a token needs one row; a head that was tied to it has its own.
     """

@@ -5,6 +5,8 @@ The core is _product.c, compiled when Quire is installed where there is a C comp
 B rows, N outputs, K inputs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,17 +18,26 @@ except ImportError:  # not compiled
 FEW = 32  # rows; with more of them the arithmetic takes longer than the reading, and torch's kernels are better at it
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """y = x W^T + b, (..., N), of x (..., K) and weight (N, K), float32; with a scale (N) for weight of int8 numbers.
+class Product:
+    """y = x W^T + b, (..., N), of x (..., K) by a fixed weight (N, K), float32; with a scale (N) for int8 numbers.
 
-    By the core where it is there, x has few rows, and all lies in the CPU's memory; else by torch. No gradient.
+    By the core where it is there, x has few rows, and all lies in the CPU's memory; else by torch. No gradient. It
+    keeps the very memory of what it is given: weights changed in place count.
     """
-    outputs, inputs = weight.shape
-    rows = x.numel() // inputs
-    if fast is None or rows > FEW or x.device.type != "cpu" or x.dtype != torch.float32:
-        dense = weight if scale is None else weight.to(x.dtype) * scale.to(x.dtype).unsqueeze(1)
-        return torch.nn.functional.linear(x, dense, bias)
-    y = x.new_empty(*x.shape[:-1], outputs)
-    arrays = [None if part is None else part.numpy() for part in (y, x.contiguous(), weight, bias, scale)]
-    fast.product(*arrays, rows, outputs, inputs, torch.get_num_threads())
-    return y
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> None:
+        self.weight, self.bias, self.scale = weight.detach(), None if bias is None else bias.detach(), scale
+        here = weight.device.type == "cpu" and weight.dtype == (torch.float32 if scale is None else torch.int8)
+        self.arrays: list[Any] | None = None
+        if fast is not None and here and weight.is_contiguous():
+            self.arrays = [None if part is None else part.numpy() for part in (self.weight, self.bias, self.scale)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        outputs, inputs = self.weight.shape
+        rows = x.numel() // inputs
+        if self.arrays is None or rows > FEW or x.dtype is not torch.float32:
+            dense = self.weight if self.scale is None else self.weight.to(x.dtype) * self.scale.unsqueeze(1)
+            return torch.nn.functional.linear(x, dense, self.bias)
+        y = torch.empty(*x.shape[:-1], outputs)
+        fast.product(y.numpy(), x.contiguous().numpy(), *self.arrays, rows, outputs, inputs, torch.get_num_threads())
+        return y
