@@ -50,7 +50,7 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     return whole, scale
 
 
-def fix(model: nn.Module, weights: Weights = "float32") -> nn.Module:
+def fix(model: Any, weights: Weights = "float32") -> Any:
     """The model, ready to write on a CPU: each of its Linears replaced by a FixedLinear. It can be trained no longer.
 
     An embedding keeps its float32 numbers, of which a token needs one row; a head that was tied to it has its own.
