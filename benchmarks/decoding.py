@@ -81,7 +81,7 @@ def main() -> None:
                        "torch": torch.__version__}  # fmt: skip
             given.json.parent.mkdir(parents=True, exist_ok=True)
             given.json.write_text(json.dumps({"machine": machine, "rows": known}, indent=1) + "\n")
-        for what, figure in known[key].items():
+        for what, figure in known.get(key, {}).items():
             print(f"{key:12}{what:52}{figure:>12.2f}", flush=True)
 
 

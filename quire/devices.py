@@ -21,7 +21,7 @@ def set_thread_policy() -> None:
 
 
 def set_memory_policy() -> None:
-    """Let torch ask for large pages where Linux gives them on request; takes effect only before torch is first imported.
+    """Let torch ask Linux for large pages; takes effect only before torch is first imported.
 
     Weights are then read up to 1.5 times as fast, one row of a product after another (benchmarks/NOTES.md).
     """
