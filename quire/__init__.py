@@ -10,11 +10,12 @@ Names are imported when first used, so that `import quire` is quick.
 from importlib import import_module
 from typing import Any
 
-from quire.devices import set_thread_policy
+from quire.devices import set_memory_policy, set_thread_policy
 
 __version__ = "0.1.0"
 
-set_thread_policy()  # works only before torch is imported, which nothing above does
+set_thread_policy()  # both work only before torch is imported, which nothing above does
+set_memory_policy()
 
 _FACE = {
     "Run": "quire.run",

@@ -8,6 +8,7 @@ state.json is written last: a folder that has it is complete.
 """
 
 import errno
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,13 +133,16 @@ def _read_tensors(path: Path, expected: dict[str, Any]) -> Tensors:
         raise UserError(f"The checkpoint lacks {path}. {remedy}")
     if (size := path.stat().st_size) != expected["bytes"]:
         raise UserError(f"{path} is damaged: it has {size} bytes instead of {expected['bytes']}. {remedy}")
-    intact = files.crc32_of(path) == expected["crc32"]
-    try:
-        tensors = load_file(path)
-        # What was loaded is checked too: the file may have been exchanged for a newer one since the line above.
-        changed = [name for name, checksum in expected["tensors"].items() if _tensor_crc32(tensors[name]) != checksum]
-    except (SafetensorError, RuntimeError, ValueError, KeyError):  # KeyError: a name in the header has changed
-        changed, intact = [], False
+    with ThreadPoolExecutor(1) as beside:  # checksums let other threads run: both are done in the time of one
+        whole = beside.submit(files.crc32_of, path)
+        try:
+            tensors = load_file(path)
+            # What was loaded is checked too: the file may have been exchanged for a newer one meanwhile.
+            sums = expected["tensors"]
+            changed = [name for name, checksum in sums.items() if _tensor_crc32(tensors[name]) != checksum]
+            intact = whole.result() == expected["crc32"]
+        except (SafetensorError, RuntimeError, ValueError, KeyError):  # KeyError: a name in the header has changed
+            changed, intact = [], False
     if intact and not changed:
         return tensors
     part = f"tensor {changed[0]}" if changed else "its header"

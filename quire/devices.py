@@ -20,6 +20,14 @@ def set_thread_policy() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
+def set_memory_policy() -> None:
+    """Let torch ask Linux for large pages; takes effect only before torch is first imported.
+
+    Weights are then read up to 1.5 times as fast, one row of a product after another (benchmarks/NOTES.md).
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 def usable_cores() -> int:
     """Cores this process may use: its CPU affinity, and on Linux its control group's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

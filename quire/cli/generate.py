@@ -14,6 +14,7 @@ from quire.cli.flags import RunPath, Switch, parse, print_json
 from quire.errors import UserError
 from quire.generation.generate import GenerationSettings, Writer
 from quire.generation.texts import Sample
+from quire.layers.fixed_linear import Weights
 from quire.progress import bar, console, say
 from quire.run import Run
 from quire.tokenizers.tokenizer import visible
@@ -38,6 +39,7 @@ class Arguments:
     prompt_file: str = ""  # a file with the prompt
     prompts: str = ""  # a file with many prompts, one a line; - reads them from standard input
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    weights: Weights = "float32"  # int8: rounded to 8 bits, over twice as fast on a CPU, nearly the same text
     show_alternatives: Switch = False  # how likely each token was, and the five likeliest in its place
     json: Switch = False  # print one JSON object: samples with text, tokens and stopped_by
     writing: OmitArgPrefixes[WritingSettings] = field(default_factory=WritingSettings)
@@ -48,7 +50,7 @@ def run(words: list[str]) -> int:
     given = parse(Arguments, words, "generate")
     settings = GenerationSettings(**vars(given.writing))
     prompts = read_prompts(given)
-    writer = Writer(Run(given.run), given.device)
+    writer = Writer(Run(given.run), given.device, weights=given.weights)
     if prompts is None:
         return ask_and_write(writer, settings, given.show_alternatives)
     if given.json:

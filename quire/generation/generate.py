@@ -15,6 +15,7 @@ from quire.generation.reading import PromptMemory, Source
 from quire.generation.sampling import SamplingSettings, sample
 from quire.generation.stream import Choose, shortened, tokens
 from quire.generation.texts import Draft, Sample, Score, StoppedBy, first_stop, half_stop
+from quire.layers.fixed_linear import Weights, fix
 from quire.run import Run
 from quire.tokenizers.tokenizer import Special, Unknown
 
@@ -56,12 +57,17 @@ class GenerationSettings(SamplingSettings):
                 raise UserError(f"{flag} shapes a draw, and --beams draws nothing. Leave one of them out.")
 
 
-def generate(run: Run | str, prompt: str = "", *, device: str = "auto", **settings: Any) -> list[Sample]:
+def generate(
+    run: Run | str, prompt: str = "", *, device: str = "auto", weights: Weights = "float32", **settings: Any
+) -> list[Sample]:
     """Texts that a run's model writes after `prompt`; `settings` are the fields of GenerationSettings.
+
+    `weights` "int8" rounds the weights for speed, on a CPU (layers/fixed_linear.py).
 
     >>> quire.generate("runs/shakespeare", prompt="ROMEO:", tokens=200)[0].text  # doctest: +SKIP
     """
-    return Writer(run if isinstance(run, Run) else Run(run), device).write([prompt], GenerationSettings(**settings))
+    writer = Writer(run if isinstance(run, Run) else Run(run), device, weights=weights)
+    return writer.write([prompt], GenerationSettings(**settings))
 
 
 @dataclass(frozen=True)
@@ -76,16 +82,19 @@ class Start:
 class Writer:
     """A run's model, loaded, ready to write after any number of prompts.
 
-    It remembers the prompts of its last call: what the next ones share with them is not read again.
+    It remembers the prompts of its last call: what the next ones share with them is not read again. A `model` that is
+    given stays as it is; one that is loaded is made ready to write, with `weights` as asked.
     """
 
-    def __init__(self, run: Run, device: str | torch.device = "auto", model: Any = None) -> None:
+    def __init__(
+        self, run: Run, device: str | torch.device = "auto", model: Any = None, weights: Weights = "float32"
+    ) -> None:
         self.device = choose_device(device) if isinstance(device, str) else device
         self.tokenizer = run.tokenizer
         self.start_token, self.prefix = run.start_token(), run.prompt_prefix()
         self.reads_source = run.settings.reads_source
         self.answers, self.never = run.pairs, run.never_written()
-        self.model = model if model is not None else run.model(self.device)
+        self.model = model if model is not None else fix(run.model(self.device), weights)
         self.memory = PromptMemory()
 
     def start(self, prompt: str, unknown: Unknown = "error", special: Special = "text") -> Start:

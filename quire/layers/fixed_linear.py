@@ -1,0 +1,69 @@
+"""Linear maps for writing: weights that no longer change, kept as float32 or as int8 numbers.
+
+A step of decoding reads every weight once and does little with it: int8 weights, a quarter of the bytes, are read in
+less than half the time. K inputs, N outputs.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quire.errors import UserError
+from quire.layers.linear import Linear
+from quire.layers.product import Product, fast
+
+Weights = Literal["float32", "int8"]
+
+
+class FixedLinear(Linear):
+    """y = x W^T + b of a Linear whose training is over.
+
+    int8: row n of W is scale_n times whole numbers from -127 to 127, with scale_n = max |W_n| / 127, so that no weight
+    is off by more than half a scale. Inputs, sums and outputs stay float32.
+    """
+
+    def __init__(self, linear: Linear, weights: Weights) -> None:
+        nn.Module.__init__(self)
+        self.bias: Any = linear.bias  # shared, like the weight; that also where it is tied
+        self.weight: Any = linear.weight
+        scale: Tensor | None = None
+        if weights == "int8":
+            del self.weight
+            whole, scale = rounded(linear.weight.detach())
+            self.register_buffer("weight", whole)
+        self.register_buffer("scale", scale)
+        self.product = Product(self.weight, self.bias, scale)
+
+    def forward(self, x: Tensor, padded: bool = False) -> Tensor:
+        """`padded` asks an OutputHead for columns without probability; there are none here, which is the same."""
+        return self.product(x.detach())
+
+    def backward(self, grad: Tensor) -> Any:
+        raise NotImplementedError("a FixedLinear does not learn: train the Linear it was made of")
+
+
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers (N, K), int8, and scales (N): weight = scale * whole, nearly."""
+    scale = weight.abs().amax(1).clamp(min=torch.finfo(weight.dtype).tiny) / 127
+    whole = torch.div(weight, scale.unsqueeze(1)).round_().to(torch.int8)
+    return whole, scale
+
+
+def fix(model: Any, weights: Weights = "float32") -> Any:
+    """The model, ready to write on a CPU: each of its Linears replaced by a FixedLinear. It can be trained no longer.
+
+    An embedding keeps its float32 numbers, of which a token needs one row; a head that was tied to it has its own.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        if weights != "float32":
+            raise UserError(f"--weights {weights} is for a CPU, and this model is on {device}. Give --device cpu too.")
+        return model
+    if fast is None and weights == "float32":
+        return model  # nothing is gained
+    for module in list(model.modules()):
+        for name, part in module.named_children():
+            if isinstance(part, Linear) and not isinstance(part, FixedLinear):
+                setattr(module, name, FixedLinear(part, weights))
+    return model
