@@ -21,7 +21,7 @@ PPMD_MEMORY = 1 << 28  # bytes; it forgets when they are full
 
 def kneser_ney(text: str) -> float:
     """Nats per held-out character of an interpolated 8-gram model."""
-    from quire.evaluation.counting import kneser_ney as counted
+    from quire.layers.kneser_ney import kneser_ney as counted
 
     parts = cut(text)
     letters = {letter: number for number, letter in enumerate(sorted(set(text)))}

@@ -98,8 +98,8 @@ def exists(folder: Path) -> bool:
 
 def _load(folder: Path, training: bool) -> Checkpoint:
     whole = files.read_json(folder / STATE)
-    model = _read_tensors(folder / MODEL, whole["files"][MODEL])
-    rest = _read_tensors(folder / TRAINING, whole["files"][TRAINING]) if training else {}
+    model = read_tensors(folder / MODEL, whole["files"][MODEL])
+    rest = read_tensors(folder / TRAINING, whole["files"][TRAINING]) if training else {}
     return Checkpoint(model, rest, whole["state"])
 
 
@@ -124,13 +124,14 @@ def _tensor_crc32(tensor: Tensor) -> str:
     return files.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _read_tensors(path: Path, expected: dict[str, Any]) -> Tensors:
+def read_tensors(path: Path, expected: dict[str, Any]) -> Tensors:
+    """What `write_tensors` wrote, every byte checked against the `expected` checksums that it gave."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     remedy = "Restore it from a copy of the run."
     if not path.exists():
-        raise UserError(f"The checkpoint lacks {path}. {remedy}")
+        raise UserError(f"{path} is missing. {remedy}")
     if (size := path.stat().st_size) != expected["bytes"]:
         raise UserError(f"{path} is damaged: it has {size} bytes instead of {expected['bytes']}. {remedy}")
     with ThreadPoolExecutor(1) as beside:  # checksums let other threads run: both are done in the time of one

@@ -18,8 +18,11 @@ from quire.data.pairs import Examples, Pairs
 from quire.data.shards import TokenStream, token_type
 from quire.devices import choose_device
 from quire.errors import UserError, choose
+from quire.layers.kneser_ney import KneserNey
 from quire.models import MODELS, ModelSettings, build_model
 from quire.tokenizers import Tokenizer, load_tokenizer
+
+COUNTS = "data/counts.safetensors"
 
 
 class Run:
@@ -42,11 +45,13 @@ class Run:
         validation: np.ndarray | None,
         kept: dict[str, bytes],
         model: checkpoint.Tensors | None = None,
+        counts: KneserNey | None = None,
     ) -> "Run":
         """Make the directory with everything but a checkpoint; one that exists is refused, never overwritten.
 
         An imported model comes along as `model`, and becomes the checkpoint `best`; it has no held-out text. `kept` are
-        further files by name. config.toml comes last: a directory that has it is a whole run.
+        further files by name, `counts` what was counted in the training text. config.toml comes last: a directory that
+        has it is a whole run.
         """
         refuse_existing(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -58,6 +63,8 @@ class Run:
                 held_out = {**manifest["validation"], "tokens": len(validation), "crc32": files.crc32(data)}
                 files.write_bytes(path / "data" / "validation.bin", data)
                 manifest = {**manifest, "validation": held_out}
+            if counts is not None:
+                manifest = {**manifest, "counts": checkpoint.write_tensors(path / COUNTS, counts.tables())}
             for name, content in kept.items():
                 files.write_bytes(path / name, content)
             tokenizer.save(path / "tokenizer.json")
@@ -190,12 +197,19 @@ class Run:
         folder = self.trained_folder()
         model = empty_model(self.settings, where)
         checkpoint.load_model_tensors(model, checkpoint.load(folder, training=False).model, folder)
-        return model.eval()
+        return self._with_counts(model, where).eval()
 
     def fresh_model(self, seed: int, device: torch.device) -> Any:
         """The model as `seed` initializes it: the same weights on every device."""
         torch.manual_seed(seed)
-        return build_model(self.settings).to(device)
+        return self._with_counts(build_model(self.settings).to(device), device)
+
+    def _with_counts(self, model: Any, device: torch.device) -> Any:
+        """The model, given what was counted in the training text where it wants that."""
+        if sums := self.manifest.get("counts"):
+            tables = checkpoint.read_tensors(self.path / COUNTS, sums)
+            model.counts = KneserNey.restored(tables, self.settings.vocabulary_size, device)
+        return model
 
 
 def empty_model(settings: ModelSettings, device: torch.device) -> Any:

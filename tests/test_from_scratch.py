@@ -13,7 +13,7 @@ from quire import files
 from quire.cli.main import call
 from quire.models.stack import STACK, StackSettings
 from quire.run import Run, empty_model
-from quire.training import loop
+from quire.training import journal
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "from-scratch.md").read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "verne.txt").write_text(VERSE[::-1] * 40)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(loop, "plot_losses", lambda curves, axis, path: None)
+    monkeypatch.setattr(journal, "plot_losses", lambda curves, axis, path: None)
     monkeypatch.setattr(files, "_sync", lambda path: None)
     return tmp_path
 

@@ -15,7 +15,7 @@ from quire import checkpoint, files
 from quire.errors import UserError
 from quire.run import Run, empty_model, token_type
 from quire.tokenizers import TOKENIZERS
-from quire.training import loop, train
+from quire.training import journal, train
 from quire.training.train import free_path, resume
 
 TINY = {"layers": 1, "embedding_size": 16, "heads": 2, "context_length": 16}
@@ -28,7 +28,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(loop, "plot_losses", lambda curves, axis, path: None)
+    monkeypatch.setattr(journal, "plot_losses", lambda curves, axis, path: None)
     monkeypatch.setattr(files, "_sync", lambda path: None)
     return tmp_path / "here"
 
@@ -39,7 +39,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog, again and again.\n" * 40)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot_losses", lambda curves, axis, path: None)
+        patch.setattr(journal, "plot_losses", lambda curves, axis, path: None)
         patch.setenv("QUIRE_CACHE", str(folder / "cache"))
         train.train(str(folder / "text.txt"), run=folder / "run", model=TINY, steps=20, **SETTINGS)
     return folder / "run"

@@ -74,9 +74,9 @@ def export_model(run: Run | str | Path, to: str, out: str | Path, weights: str =
     write = EXPORTERS[choose("--to", to, list(EXPORTERS))]
     if weights and to != "gguf":
         raise UserError(f"--to {to} writes weights as they are: leave out --type {weights}, which is for --to gguf.")
-    if run.settings.kind == "ngram" and to != "json":
+    if run.settings.kind == "ngram":
         raise UserError(
-            f"{run.path} cannot be written for --to {to}: no other program has the n-gram tables of its kind of model."
+            f"{run.path} cannot be written for --to {to}: no other program has the n-grams of its kind of model."
             " A model without them can, which is trained without --fastest: quire train TEXT --preset default"
         )
     if out.exists():

@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 from torch import Tensor
+
+from quire.data.shards import TokenStream
+from quire.layers.kneser_ney import KneserNey
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class ModelSettings:
     def sized(self, tokens: int) -> "ModelSettings":
         """The same for a training text of so many tokens, where a size is to follow from that."""
         return self
+
+    def count(self, tokens: np.ndarray | TokenStream) -> KneserNey | None:
+        """What the model wants counted in the training text before it is trained, to be given it as its `counts`."""
+        return None
 
     @property
     def named(self) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from quire.data.prepare import Prepared
-from quire.evaluation.counting import kneser_ney
+from quire.layers.kneser_ney import kneser_ney
 
 ORDERS = (2, 3, 4, 5, 6)  # of the counted n-grams, in characters
 COUNTED, HELD_OUT = 1_000_000, 100_000  # characters that are counted at most, and that are predicted from them

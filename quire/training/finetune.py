@@ -116,7 +116,10 @@ def finetune_run(
     manifest = describe(settings, prepared, corpus.origins, device)
     manifest |= {"finetuned_from": str(base.path), "separators": manifest["separators"] + base.manifest["separators"]}
     manifest |= {name: base.manifest[name] for name in KEPT if name in base.manifest}
-    created = Run.create(path, settings.tables(), prepared.tokenizer, manifest, prepared.validation[:], {})
+    counts = settings.model.count(prepared.training)
+    created = Run.create(
+        path, settings.tables(), prepared.tokenizer, manifest, prepared.validation[:], {}, counts=counts
+    )
 
     def begin(trainer: Trainer) -> None:
         put_weights(trainer.model, weights, base.settings.vocabulary_size)

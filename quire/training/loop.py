@@ -25,7 +25,6 @@ from quire.layers.layer import Block
 from quire.progress import Update, bar, say
 from quire.run import Run
 from quire.training import state as states
-from quire.training.average import averaged, follow
 from quire.training.clock import Clock
 from quire.training.curriculum import Curriculum
 from quire.training.engines import ENGINES
@@ -125,8 +124,6 @@ class Trainer:
         # n-gram tables are left out: their Adagrad scales each gradient by its own history in any case.
         self.gradient_norm = float(nn.utils.clip_grad_norm_(split_tables(self.model)[1], clip))
         self.step_optimizers(float(loss))
-        if settings.average:
-            follow(self.optimizers, settings.average, state.step)
         self.model.zero_grad(set_to_none=True)
         state.step += 1
         state.tokens += batch.counted
@@ -261,28 +258,27 @@ class Trainer:
     def evaluate(self) -> None:
         """Measure the held-out loss, keep the best, write a sample and the plot, and save."""
         state, began = self.state, time.monotonic()
-        with averaged(self.optimizers):
-            loss, bits = self.held_out_loss()
-            improved = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
-            if improved:
-                state.best_loss, state.best_step, state.stale = loss, state.step, 0
-            else:
-                self.be_patient()
-            self.log(None, validation_loss=loss, validation_bits_per_byte=bits)
-            if self.settings.sample_tokens:
-                self.journal.sample(state, self.model, self.validation, loss)
-            if not state.end and not state.finished:
-                self.clock.evaluation_seconds = max(self.clock.evaluation_seconds, time.monotonic() - began)
-                self.clock.decide(state)
-                state.finished = state.progress > 1 - 1e-9
-            self.journal.plot(state.finished)
-            if not state.end and state.finished:
-                self.clock.end(state)
-            if state.end:
-                state.next_evaluation = min(state.end, state.step + self.interval())
-            state.seconds = self.clock.elapsed()
-            if improved:
-                self.save("best")
+        loss, bits = self.held_out_loss()
+        improved = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
+        if improved:
+            state.best_loss, state.best_step, state.stale = loss, state.step, 0
+        else:
+            self.be_patient()
+        self.log(None, validation_loss=loss, validation_bits_per_byte=bits)
+        if self.settings.sample_tokens:
+            self.journal.sample(state, self.model, self.validation, loss)
+        if not state.end and not state.finished:
+            self.clock.evaluation_seconds = max(self.clock.evaluation_seconds, time.monotonic() - began)
+            self.clock.decide(state)
+            state.finished = state.progress > 1 - 1e-9
+        self.journal.plot(state.finished)
+        if not state.end and state.finished:
+            self.clock.end(state)
+        if state.end:
+            state.next_evaluation = min(state.end, state.step + self.interval())
+        state.seconds = self.clock.elapsed()
+        if improved:
+            self.save("best")
         self.save("last")
         self.clock.evaluation_seconds = time.monotonic() - began
         self.clock.start_measuring(state.step)
@@ -321,7 +317,7 @@ class Trainer:
     def save(self, which: str) -> None:
         """Write the checkpoint `best` or `last`; the second that is written of one state is the first one's files."""
         table = self.state.to_table()
-        if which == "last" and self.best == table and not self.settings.average:
+        if which == "last" and self.best == table:
             checkpoint.save_again(self.run.folder("last"), self.run.folder("best"))
         else:
             states.save(self.run.folder(which), self.state, self.model, self.optimizers, self.scaler)

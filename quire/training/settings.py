@@ -37,7 +37,6 @@ class TrainingSettings:
     beta1: float = 0.9  # adam, adamw: decay of the mean of gradients
     beta2: float = 0.95  # adam, adamw: decay of the mean of squared gradients
     momentum: float = 0.95  # sgd, muon
-    average: float = 0.0  # decay, as 0.99, of a mean of the weights that is evaluated and kept as best; 0: none
     gradient_clip: float = 1.0  # the whole gradient is scaled down to at most this norm; 0: never
     schedule: str = "cosine"  # after the warm-up: cosine, linear, constant, warmup-stable-decay, inverse-square-root
     warmup_steps: int = 100  # steps over which the learning rate grows to its peak
@@ -71,7 +70,7 @@ class TrainingSettings:
                 raise UserError(
                     f"--{name.replace('_', '-')} must be a finite number of at least 0, not {getattr(self, name)}."
                 )
-        for name in ("beta1", "beta2", "momentum", "average"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 0 and below 1, not {getattr(self, name)}.")
         for name in ("decay_floor", "decay_share"):

@@ -101,8 +101,10 @@ def train_run(
         settings, prepared, origins = load_data(settings, piped)
     say(f"{', '.join(texts[:3])}: {prepared}")
     settings, prepared = fitted(settings, prepared)
-    manifest = describe(settings, prepared, origins, device)
-    created = Run.create(path, settings.tables(), prepared.tokenizer, manifest, prepared.validation[:], kept)
+    manifest, counts = describe(settings, prepared, origins, device), settings.model.count(prepared.training)
+    created = Run.create(
+        path, settings.tables(), prepared.tokenizer, manifest, prepared.validation[:], kept, counts=counts
+    )
     begin = begun_with_threads(Trainer.begin) if measure else Trainer.begin
     return train_created(created, settings.training, prepared, device, began, begin, keep=piped is not None)
 

@@ -19,10 +19,10 @@ spec.loader.exec_module(faults)
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    from quire.training import loop
+    from quire.training import journal
 
     monkeypatch.setattr(files, "_sync", lambda path: None)
-    monkeypatch.setattr(loop, "plot_losses", lambda *arguments: None)
+    monkeypatch.setattr(journal, "plot_losses", lambda *arguments: None)
     return faults.tiny_run(tmp_path)
 
 
@@ -43,7 +43,7 @@ def test_a_full_disk_destroys_nothing(run):
 
 def test_a_loader_that_checks_less_would_be_found_out(run, monkeypatch):
     monkeypatch.setattr(files, "crc32_of", lambda path: "")
-    monkeypatch.setattr(checkpoint, "_read_tensors", lambda path, expected: {})
+    monkeypatch.setattr(checkpoint, "read_tensors", lambda path, expected: {})
     assert faults.flips(run.folder("last"), 30)["loaded"] > 10
 
 

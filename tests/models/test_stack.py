@@ -17,7 +17,7 @@ from quire.errors import UserError
 from quire.models import build_model
 from quire.models.stack import STACK, StackSettings
 from quire.run import Run
-from quire.training import loop
+from quire.training import journal
 from quire.training.train import verify
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "custom-stacks.md").read_text(encoding="utf-8")
@@ -117,7 +117,7 @@ def test_the_page_has_every_kind_and_every_setting():
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with a book; trainings leave out what takes time: plots, fsync, long samples."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "plot_losses", lambda curves, axis, path: None)
+    monkeypatch.setattr(journal, "plot_losses", lambda curves, axis, path: None)
     monkeypatch.setattr(files, "_sync", lambda path: None)
     Path("book.txt").write_text("the owl that calls upon the night speaks the unbeliever's fright. " * 40)
     return tmp_path

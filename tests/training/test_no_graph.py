@@ -22,7 +22,7 @@ from quire.config import to_table
 from quire.data.batches import Batch
 from quire.models import MODELS, build_model
 from quire.run import Run
-from quire.training import loop
+from quire.training import journal
 from quire.training.engines import ENGINES
 from quire.training.loop import Trainer
 from quire.training.train import verify
@@ -95,7 +95,7 @@ def corpus(desk: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
     (desk / "other.txt").write_text(text[len(text) // 2 :] + text[: len(text) // 4], encoding="utf-8")
     (desk / "other.tsv").write_text("\n".join(reversed(pairs.read_text(encoding="utf-8").splitlines())) + "\n")
     monkeypatch.setattr(files, "_sync", lambda path: None)
-    monkeypatch.setattr(loop, "plot_losses", lambda *arguments: None)
+    monkeypatch.setattr(journal, "plot_losses", lambda *arguments: None)
 
     def of(kind: str, other: bool) -> tuple[list[str], dict[str, Any]]:
         if MODELS[kind].Settings.reads_source:

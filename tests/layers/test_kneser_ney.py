@@ -5,8 +5,9 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+import torch
 
-from quire.evaluation.counting import discounts, kneser_ney
+from quire.layers.kneser_ney import KneserNey, discounts, kneser_ney
 
 VERSES = " ".join(f"{n} owls and {n * n % 17} rivers under {'café' if n % 3 else '森'}\n" for n in range(90))
 
@@ -71,6 +72,26 @@ def test_probabilities_of_all_that_may_follow_sum_to_one() -> None:
 
 
 def test_discounts_are_at_most_what_they_are_taken_from() -> None:
-    counts = np.array([1] * 40 + [2] * 3 + [3] * 30 + [4] * 50 + [9])
-    assert np.all(discounts(counts) <= [0, 1, 2, 3])
-    assert discounts(np.array([7, 8])).tolist() == [0, 0.5, 0.5, 0.5]
+    counts = torch.tensor([1] * 40 + [2] * 3 + [3] * 30 + [4] * 50 + [9])
+    assert bool((discounts(counts) <= torch.tensor([0, 1, 2, 3])).all())
+    assert discounts(torch.tensor([7, 8])).tolist() == [0, 0.5, 0.5, 0.5]
+
+
+def test_what_is_written_after_a_text_and_what_a_target_gets_are_the_same_probability() -> None:
+    rng = np.random.default_rng(1)
+    counted = KneserNey.count(rng.integers(0, 5, 3000), 7, 4)
+    tokens = torch.from_numpy(rng.integers(-1, 7, (3, 12)))  # -1 is padding: nothing is known across it
+    targets = torch.from_numpy(rng.integers(0, 7, (3, 9)))
+    whole = counted.distribution(tokens, 9)
+    assert whole.sum(-1) == pytest.approx(np.ones((3, 9)), abs=1e-12)
+    assert torch.equal(whole.gather(-1, targets.unsqueeze(-1)).squeeze(-1), counted.probability(tokens, targets)[-1])
+    longest = counted.distribution(tokens[:, -4:], 1)  # no more than order - 1 tokens matter
+    assert torch.equal(longest[:, 0], whole[:, -1])
+
+
+def test_it_is_restored_from_its_tables() -> None:
+    tokens = np.random.default_rng(2).integers(0, 9, 500)
+    counted = KneserNey.count(tokens, 9, 5)
+    again = KneserNey.restored(counted.tables(), 9)
+    text = torch.from_numpy(tokens[:40]).unsqueeze(0)
+    assert torch.equal(again.distribution(text, 40), counted.distribution(text, 40))

@@ -1,0 +1,170 @@
+"""A text predicted by counting alone: an interpolated n-gram model with modified Kneser-Ney smoothing.
+
+    p_n(w | h) = (max(c(h w) - D(c(h w)), 0) + g(h) p_(n-1)(w | h')) / c(h),     h' is h without its first token
+
+(Kneser and Ney 1995; Chen and Goodman 1999, section 3). c are counts at the highest order; below it, they are
+continuation counts: how many different tokens stand before (h w). D takes one of three values, for counts of 1, 2 and
+more; g(h) is all that D took from what follows h; p_0 is 1 / V.
+
+The n-grams of an order are numbered, sorted by their context (the number of the (n-1)-gram that they begin with) and
+then by their last token: a number is found by bisection, and all that may follow a context stands in one piece.
+
+B batch, S tokens, T predictions, V vocabulary, G n-grams of an order.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+COUNTS_OF_COUNTS = 4  # how many n-grams were seen once, twice, three times, four times: the discounts follow
+FEW = 0.5  # the discount where those are none, as for the characters of a long text
+
+
+@dataclass(frozen=True)
+class Order:
+    """The n-grams of one order: `keys` (G), sorted, are context x V + token; `counts` (G) how often each was seen."""
+
+    keys: Tensor
+    counts: Tensor
+    discounts: Tensor  # (4,): what is taken from a count of 0, 1, 2, and more
+    starts: Tensor  # the number of each context's first n-gram, and G at the end
+    total: Tensor  # c(h) of each context
+    handed_on: Tensor  # g(h) of each context
+
+    @classmethod
+    def of(cls, keys: Tensor, counts: Tensor, contexts: int, vocabulary_size: int) -> "Order":
+        """The n-grams of these keys and counts; `contexts` is how many (n-1)-grams there are."""
+        taken = discounts(counts)
+        context = keys // vocabulary_size
+        sums = torch.zeros(2, contexts, dtype=torch.float64, device=keys.device)
+        sums.index_add_(1, context, torch.stack([counts.double(), taken[counts.clamp(max=3)]]))
+        starts = torch.searchsorted(context, torch.arange(contexts + 1, device=keys.device))
+        return cls(keys, counts, taken, starts, *sums)
+
+    def find(self, contexts: Tensor, tokens: Tensor, vocabulary_size: int) -> Tensor:
+        """The number of the n-gram of a context and a token, any shape; -1 where there is none."""
+        wanted = contexts * vocabulary_size + tokens
+        place = torch.searchsorted(self.keys, wanted).clamp_(max=len(self.keys) - 1)
+        there = (self.keys[place] == wanted) & (contexts >= 0) & (tokens >= 0)
+        return place.masked_fill_(~there, -1)
+
+    def left(self, numbers: Tensor) -> Tensor:
+        """max(c - D(c), 0) of n-grams by number; 0 for -1."""
+        counts = self.counts[numbers.clamp(min=0)].masked_fill(numbers < 0, 0)
+        return counts - self.discounts[counts.clamp(max=3)]
+
+
+class KneserNey:
+    """n-grams of up to as many tokens as there are `orders`, counted once; they learn nothing by gradients.
+
+    Probabilities are float64.
+    """
+
+    def __init__(self, vocabulary_size: int, orders: Sequence[Order]) -> None:
+        self.vocabulary_size, self.orders = vocabulary_size, list(orders)
+
+    @classmethod
+    def count(cls, tokens: np.ndarray, vocabulary_size: int, order: int) -> "KneserNey":
+        """Count `tokens`, at least `order` of ids below `vocabulary_size`: a million take about a second at order 8."""
+        assert len(tokens) >= order, "there is something to count"
+        tokens = np.asarray(tokens, dtype=np.int64)
+        numbers = np.zeros(len(tokens), dtype=np.int64)  # of the n-gram that begins at each place; first n is 0
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        for n in range(1, order + 1):
+            pairs = numbers[: len(tokens) - n + 1] * vocabulary_size + tokens[n - 1 :]
+            keys, first, longer, counts = np.unique(pairs, return_index=True, return_inverse=True, return_counts=True)
+            if found:  # each different n-gram is one continuation of the (n-1)-gram that it ends with
+                shorter = found[-1][0]
+                found[-1] = shorter, np.bincount(numbers[first + 1], minlength=len(shorter))
+            found.append((keys, counts))
+            numbers = longer
+        return cls.restored(dict(_named(found)), vocabulary_size)
+
+    def tables(self) -> dict[str, Tensor]:
+        """What it was counted from, by name: keys (int64) and counts (int32) of each order."""
+        return dict(_named([(order.keys.numpy(), order.counts.numpy()) for order in self.orders]))
+
+    @classmethod
+    def restored(
+        cls, tables: dict[str, Tensor], vocabulary_size: int, device: torch.device | str = "cpu"
+    ) -> "KneserNey":
+        """The inverse of `tables`."""
+        orders: list[Order] = []
+        for n in range(1, len(tables) // 2 + 1):
+            keys, counts = tables[f"keys.{n}"].to(device), tables[f"counts.{n}"].to(device)
+            orders.append(Order.of(keys, counts, len(orders[-1].keys) if orders else 1, vocabulary_size))
+        return cls(vocabulary_size, orders)
+
+    def contexts(self, tokens: Tensor, new: int) -> Iterator[tuple[Order, Tensor]]:
+        """Each order, and the number of the context that it predicts from at the last `new` of `tokens` (B, S): (B, T).
+
+        -1 is a context that was never seen; so is one with a token of -1 in it, or before the first.
+        """
+        begin = torch.zeros_like(tokens)  # the number of the gram that begins at each place, here the empty one
+        for n, order in enumerate(self.orders):  # the context has n tokens, the last of them the one asked for
+            ending = torch.nn.functional.pad(begin, (n, 0), value=-1)[:, n:] if not n else begin
+            short = max(0, new - ending.shape[1])
+            yield order, torch.nn.functional.pad(ending, (short, 0), value=-1)[:, -new:]
+            begin = order.find(begin[:, : tokens.shape[1] - n], tokens[:, n:], self.vocabulary_size)
+
+    def probability(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """p of each of `targets` (B, T) after the last T of `tokens` (B, S), by each order: (orders, B, T)."""
+        p = torch.full(targets.shape, 1 / self.vocabulary_size, dtype=torch.float64, device=tokens.device)
+        each = []
+        for order, context in self.contexts(tokens, targets.shape[1]):
+            own = order.left(order.find(context, targets, self.vocabulary_size))
+            p = self.interpolated(order, context, own, p)
+            each.append(p)
+        return torch.stack(each)
+
+    def distribution(self, tokens: Tensor, new: int) -> Tensor:
+        """p of every token after each of the last `new` of `tokens` (B, S), by the highest order: (B, T, V)."""
+        rows, V = tokens.shape[0] * new, self.vocabulary_size
+        p = torch.full((rows, V), 1 / V, dtype=torch.float64, device=tokens.device)
+        for order, contexts in self.contexts(tokens, new):
+            context = contexts.reshape(-1)
+            first, last = order.starts[context.clamp(min=0)], order.starts[context.clamp(min=0) + 1]
+            sizes = (last - first).masked_fill_(context < 0, 0)
+            row = torch.arange(rows, device=tokens.device).repeat_interleave(sizes)
+            number = torch.arange(len(row), device=tokens.device) + (first - sizes.cumsum(0) + sizes)[row]
+            own = torch.zeros_like(p)
+            own[row, order.keys[number] % V] = order.left(number)
+            p = self.interpolated(order, context.unsqueeze(1), own, p)
+        return p.view(tokens.shape[0], new, V)
+
+    @staticmethod
+    def interpolated(order: Order, context: Tensor, own: Tensor, lower: Tensor) -> Tensor:
+        """p_n, given max(c - D, 0) of each n-gram and p_(n-1); the latter itself where the context says nothing."""
+        at = context.clamp(min=0)
+        total = order.total[at].masked_fill(context < 0, 0)
+        return torch.where(total > 0, (own + order.handed_on[at] * lower) / total.clamp(min=1), lower)
+
+
+def discounts(counts: Tensor) -> Tensor:
+    """What is taken from a count of 0 (nothing), 1, 2 and more: (4,), float64 (Chen and Goodman 1999, equation 26)."""
+    found = torch.bincount(counts[counts <= COUNTS_OF_COUNTS], minlength=COUNTS_OF_COUNTS + 1).tolist()
+    result = [0.0, FEW, FEW, FEW]
+    if all(found[1:]):
+        share = found[1] / (found[1] + 2 * found[2])
+        result[1:] = [min(max(k - (k + 1) * share * found[k + 1] / found[k], 0.05), k - 0.05) for k in (1, 2, 3)]
+    return torch.tensor(result, dtype=torch.float64, device=counts.device)
+
+
+def kneser_ney(training: np.ndarray, held_out: np.ndarray, vocabulary_size: int, order: int) -> np.ndarray:
+    """Nats per token of `held_out` after counting `training`, at the orders 1 to `order`: (order,).
+
+    Every token of `held_out` is predicted from the order - 1 before it, the first ones from the end of `training`.
+    """
+    counted = KneserNey.count(training, vocabulary_size, order)
+    tokens = torch.from_numpy(np.concatenate([training[-order:], held_out]).astype(np.int64)).unsqueeze(0)
+    p = counted.probability(tokens[:, :-1], tokens[:, order:])
+    return -p.log().mean((1, 2)).numpy()
+
+
+def _named(orders: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[str, Tensor]]:
+    for n, (keys, counts) in enumerate(orders, 1):
+        yield f"keys.{n}", torch.from_numpy(keys)
+        yield f"counts.{n}", torch.from_numpy(counts.astype(np.int32))
