@@ -42,6 +42,7 @@ OPPOSITE = {"add_": "sub_", "sub_": "add_", "add": "sub", "sub": "add"}
 PRODUCTS = ("addcmul", "addcmul_")  # a + value b c
 LEFT_OUT = (
     "layers/layer.py",  # the base: its `undo` does not run here, where no block is recomputed
+    "layers/fixed_linear.py",  # its backward refuses
     "layers/head_loss.py",  # nor this, where head and loss are looked at one by one
 )
 
@@ -275,6 +276,10 @@ def trials() -> list[Trial]:
     made.append(trial("gpt after Vaswani", "gpt", {**decoder, "positions": "sinusoidal", "norm_placement": "post"}))
     made.append(trial("gpt of a large vocabulary", "gpt", {**decoder, "vocabulary_size": 1030}))
     made.append(trial("modern", "modern", {**decoder, "kv_heads": 1, "qk_norm": True, "tied": False}))
+    for name, sparse in (("sparse", True), ("dense", False)):
+        tables = {**decoder, "ngram_orders": (2, 3), "ngram_rows": 16, "ngram_dropout": 0.2}
+        made.append(trial(f"ngram, {name} gradients", "ngram", tables))
+        made[-1].model.ngram_embedding.sparse = sparse
     made.append(trial("sparse", "sparse", {**decoder, "window": 2, "layers": 2}))
     for placement in ("post", "pre"):
         shape = {**decoder, "norm_placement": placement, "label_smoothing": 0.1}

@@ -204,7 +204,7 @@ def test_a_disk_that_is_full_while_a_run_is_made_leaves_the_name_free(here, monk
         ("manifest.json", lambda run: run.manifest, r"lacks its manifest\.json. Restore it from a copy"),
         ("data/validation.bin", lambda run: run.validation_tokens(), r"validation\.bin is missing.*quire evaluate"),
         ("checkpoints", lambda run: run.model("cpu"), "has no checkpoint yet. Train it first: quire resume .*run"),
-        ("checkpoints/best/model.safetensors", lambda run: run.model("cpu"), r"lacks .*model\.safetensors.*copy"),
+        ("checkpoints/best/model.safetensors", lambda run: run.model("cpu"), r"model\.safetensors is missing.*copy"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_named(run, missing, use, says):

@@ -53,7 +53,7 @@ def test_a_decoder_of_pairs_comes_back_as_one(a_run, characters, tmp_path):
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "ngram"])  # which is refused: it has counts too
 def test_every_kind_of_model_comes_back_bit_for_bit(kind, characters, tmp_path, a_run):
     run = a_run(kind, characters, tmp_path / "run")
     export_model(run, "json", tmp_path / "model.json")

@@ -115,7 +115,7 @@ def test_reduced_precision_gives_gradients_of_the_parameters_type(engine, pieces
         rough = found(engine, HeadLoss(0.1), head, x, targets)
     for ours, wanted in zip(rough, exact, strict=True):
         assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours, wanted, rtol=0.05, atol=0.02 * float(wanted.abs().max()))
+        torch.testing.assert_close(ours, wanted, rtol=0.05, atol=0.02 * float(wanted.to_dense().abs().max()))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -163,9 +163,9 @@ def test_every_model_has_the_gradients_of_its_own_logits(kind, small_settings):
         by_hand.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=0)
     for parameter, hand, wanted in zip(model.parameters(), by_hand.parameters(), gradients, strict=True):
-        largest = 1e-10 * max(1.0, float(wanted.abs().max()))
-        assert float((parameter.grad - wanted).abs().max()) < largest
-        assert float((hand.grad - wanted).abs().max()) < largest
+        largest = 1e-10 * max(1.0, float(wanted.to_dense().abs().max()))
+        for found in (parameter.grad, hand.grad):  # those of n-gram tables are sparse
+            assert float((found - wanted).to_dense().abs().max()) < largest
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

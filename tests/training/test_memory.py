@@ -142,7 +142,7 @@ def test_a_sample_without_memory_is_left_out(lab, monkeypatch, capsys):
 
 BOUNDED = """
 import resource, sys
-import quire.cli.train, quire.training.journal
+import matplotlib.backends.backend_agg, quire.cli.train, quire.training.journal
 from quire.cli.main import call
 
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
