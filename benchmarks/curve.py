@@ -21,7 +21,7 @@ from quire.plots.loss import COLOURS
 
 Point = tuple[float, float]  # seconds, nats per character
 
-OURS = {"Quire --fastest, with n-gram tables": FASTEST, "Quire, a pure Transformer": PURE}
+OURS = {"Quire --fastest, with n-grams beside it": FASTEST, "Quire, a pure Transformer": PURE}
 PEER = "nanoGPT, its CPU recipe"
 GREYS = {"Kneser-Ney, 8-grams": "#8a8f98", "PPMd, order 6": "#5c5f66"}
 TOP = 2.6  # nats; what is above it is the first seconds of any model

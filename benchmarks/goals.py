@@ -25,7 +25,7 @@ KNESER_NEY, PPMD = BASELINES
 
 # What Quire is called with: one line to change for all rows.
 PURE: list[str] = []  # the best Transformer that every neighbour can load
-FASTEST = ["--fastest"]  # n-gram tables beside it
+FASTEST = ["--fastest"]  # n-grams beside it
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, nargs="+", default=[0.25, 1.0, 3.0])
     parser.add_argument("--texts", type=Path, default=Path(tempfile.gettempdir()) / "six-texts", help="made if missing")
-    parser.add_argument("--fastest", action="store_true", help="the recipes with n-gram tables")
+    parser.add_argument("--fastest", action="store_true", help="the recipes with n-grams beside it")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "plan_honesty.json")
     given = parser.parse_args()
     machine = {"platform": platform.platform(), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}

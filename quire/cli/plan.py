@@ -36,7 +36,7 @@ class Arguments:
 
     preset: Preset = "default"  # where the settings start from; without it, what the planner chooses
     config: str = ""  # a TOML file over the preset, for example another run's config.toml
-    fastest: Switch = False  # a recipe with n-gram tables: a lower loss, in a model that no other program can load
+    fastest: Switch = False  # a recipe with n-grams beside the network: a lower loss; no other program can load it
     json: Switch = False  # print one JSON object on standard output
     training: OmitArgPrefixes[StagedSettings] = field(default_factory=StagedSettings)
     data: OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
@@ -109,7 +109,7 @@ def expected(prediction: Prediction | None) -> str:
 
 
 def otherwise(plan: Plan) -> list[str]:
-    """What would change with more time, a GPU, or n-gram tables."""
+    """What would change with more time, a GPU, or n-grams."""
     lines = []
     for found, what in ((plan.longer, "{} times the time"), (plan.gpu, "a GPU, if {} times as fast")):
         if found:
@@ -121,7 +121,9 @@ def otherwise(plan: Plan) -> list[str]:
         gain = f", {tables.bits_per_byte / own.bits_per_byte - 1:+.0%}" if own else ""
         if own and tables.bits_per_byte >= own.bits_per_byte:
             gain = ": no gain for this text and time"
-        lines.append(f"--fastest (n-gram tables, which no other program can load): {tables.bits_per_byte:.3f}{gain}")
+        lines.append(
+            f"--fastest (n-grams beside it, which no other program can load): {tables.bits_per_byte:.3f}{gain}"
+        )
     elif plan.recipe and plan.kind == FASTEST:
         lines.append(f"a model that other programs can load: leave out --fastest ({FAMILIES[EXPORTABLE]})")
     return lines

@@ -50,7 +50,7 @@ class Arguments:
     run: str = ""  # the run directory; without it runs/NAME after the first text
     preset: Preset = "default"  # where the settings start from; without it, under --minutes, what the planner chooses
     config: str = ""  # a TOML file over the preset, for example another run's config.toml
-    fastest: Switch = False  # a recipe with n-gram tables: a lower loss, in a model that no other program can load
+    fastest: Switch = False  # a recipe with n-grams beside the network: a lower loss; no other program can load it
     json: Switch = False  # print one JSON object on standard output at the end, and nothing else there
     training: OmitArgPrefixes[StagedSettings] = field(default_factory=StagedSettings)
     data: OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
@@ -119,7 +119,7 @@ def sentence(found: Chosen, wanted: str) -> str:
     if found.speed:
         lines.append(f"Measured: {1000 * found.speed.step_seconds:.0f} ms a step with {threads(found.speed.threads)}.")
     if wanted == EXPORTABLE:
-        lines.append("With --fastest it would have n-gram tables too: a lower loss, for a model that only Quire loads.")
+        lines.append("With --fastest it would have n-grams beside it: a lower loss, for a model that only Quire loads.")
     return "\n".join(lines)
 
 

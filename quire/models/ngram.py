@@ -38,13 +38,7 @@ MOST_COUNTED = 1 << 21  # tokens of the training text, the last ones: three seco
 class NgramSettings(ModernSettings):
     """A modern decoder, and which n-grams it looks up."""
 
-    ngram_orders: tuple[int, ...] = (
-        2,
-        3,
-        4,
-        5,
-        6,
-    )  # the last so many tokens have a table each; none: no tables
+    ngram_orders: tuple[int, ...] = (2, 3, 4, 5, 6)  # the last so many tokens have a table each; none: no tables
     ngram_rows: int = 0  # rows of each order's table; when training, 0 becomes a number that suits the text's length
     ngram_dropout: float = 0.0  # share of the looked-up vectors that are left out while training
     count_order: int = 8  # n-grams of up to so many tokens are counted in the training text; 0: none

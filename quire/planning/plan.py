@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quire.config import Table, merged
+from quire.config import Table, merged, to_table
 from quire.data.prepare import Prepared
 from quire.data.spool import Corpus
 from quire.devices import choose_device, usable_cores
@@ -75,7 +75,7 @@ class Plan:
     prediction: Prediction | None
     longer: dict[str, Any] | None  # with ten times the time
     gpu: dict[str, Any] | None  # with a GPU, assumed to be so many times as fast
-    fastest: dict[str, Any] | None  # with n-gram tables
+    fastest: dict[str, Any] | None  # with n-grams beside it
 
 
 def plan(
@@ -184,8 +184,8 @@ def holds(settings: Settings, recipe: str) -> bool:
     wanted = table()["recipes"].get(recipe)
     if wanted is None:
         return False
-    parts = {"model": settings.model, "training": settings.training}
-    return all(getattr(parts[part], name) == value for part in parts for name, value in wanted[part].items())
+    parts = {"model": to_table(settings.model), "training": to_table(settings.training)}
+    return all(parts[part][name] == value for part in parts for name, value in wanted[part].items())
 
 
 def measured_step(settings: Settings, prepared: Prepared, cost: Cost, device: torch.device, seconds: float) -> Speed:
@@ -296,5 +296,5 @@ class WhatIf:
         return {"times": times, "recipe": chosen(kind, core_seconds, self.text.bytes), "prediction": found}
 
     def fastest(self) -> dict[str, Any] | None:
-        """The same time with n-gram tables."""
+        """The same time with n-grams beside the network."""
         return self.at(1, "ngram")

@@ -16,7 +16,7 @@ import numpy as np
 from quire.config import Table
 
 TABLE = Path(__file__).with_name("recipes.json")
-FAMILIES = {"modern": "a pure Transformer", "ngram": "a Transformer with n-gram tables"}
+FAMILIES = {"modern": "a pure Transformer", "ngram": "a Transformer with n-grams beside it"}
 OCTAVES_A_SIZE = 0.5  # how much a factor of two in the text's size counts, beside one in the time
 
 FARTHEST = 4.0  # a prediction goes no farther beyond what was measured than by this factor, and stays there
