@@ -25,7 +25,6 @@ from typing import Any
 from quire.devices import set_threads  # before torch: the thread policy
 
 HERE = Path(__file__).resolve().parent
-sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != HERE]  # its tokenizers.py hides a package
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402

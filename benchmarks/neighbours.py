@@ -41,7 +41,6 @@ PROMPTS = (
     "In 1969, the first man on the moon was 38 years old;",
 )
 TOKENS = 64
-HERE = Path(__file__).resolve().parent
 LLAMA_CPP = """
 import json, sys, urllib.request, xllamacpp
 path, prompts, tokens = json.load(sys.stdin)
@@ -103,7 +102,6 @@ def stories260k(shared: Path, folder: Path) -> Iterator[Row]:
 
 def smollm2(shared: Path, folder: Path) -> Iterator[Row]:
     """SmolLM2-135M-Instruct by name, against transformers; then out to llama.cpp."""
-    sys.path[:] = [place for place in sys.path if Path(place) != HERE]  # its tokenizers.py hides the package tokenizers
     from transformers import AutoModelForCausalLM
 
     name = "smollm2-135m-instruct"
@@ -164,7 +162,6 @@ FAMILIES: dict[str, Row] = {  # what goes out as which family
 
 def families(shared: Path, folder: Path) -> Iterator[Row]:
     """Random models of each of Hugging Face's families, written, read by transformers, and read back; then ONNX."""
-    sys.path[:] = [place for place in sys.path if Path(place) != HERE]
     import onnxruntime
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

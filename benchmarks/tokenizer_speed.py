@@ -1,6 +1,6 @@
 """Byte-level BPE beside its peers: the seconds to train, megabytes encoded a second, two cores, and linear time.
 
-    python benchmarks/tokenizers.py [--data ../shared/data] [--megabytes 12] [--rounds 3] [--json OUT]
+    python benchmarks/tokenizer_speed.py [--data ../shared/data] [--megabytes 12] [--rounds 3] [--json OUT]
 
 Prints tables and writes JSON. Under nine minutes. Peers that are not installed are left out, with a sentence.
 
@@ -311,7 +311,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="the folder of texts")
     parser.add_argument("--megabytes", type=float, default=12.0, help="of text")
     parser.add_argument("--rounds", type=int, default=3, help="times that everything is measured")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/tokenizers.json"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/tokenizer_speed.json"))
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--text", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
