@@ -41,7 +41,8 @@ class HeadLoss(CrossEntropy):
         smoothing = self.label_smoothing if self.training else 0.0
         traced = torch.compiler.is_compiling()
         if self.tape is None:
-            return _by_autograd(x, head.weight, targets, smoothing, traced, torch.is_grad_enabled())
+            apply = _traced if traced else _in_pieces  # torch.compiler.disable would import the compiler for all
+            return apply(x, head.weight, targets, smoothing, traced, torch.is_grad_enabled())
         wanted = True, head.weight.requires_grad
         loss, *gradients = in_pieces(x.detach(), head.weight.detach(), targets, smoothing, traced, wanted)
         self.save(*gradients)
@@ -165,4 +166,8 @@ class _InPieces(torch.autograd.Function):
         return *(None if each is None else times(each, factor) for each in gradients), None, None, None, None
 
 
-_by_autograd = torch.compiler.disable(_InPieces.apply)  # the step's last part, which works in place: no graph of it
+def _in_pieces(*arguments: Any) -> Tensor:
+    return _InPieces.apply(*arguments)
+
+
+_traced = torch._disable_dynamo(_in_pieces)  # the step's last part, which works in place: no graph of it

@@ -162,16 +162,18 @@ def choose(
     measuring: float,
 ) -> Chosen:
     """The recipe for what this machine does in the time: by the speed of the table's, then by the speed measured."""
-    size, power, recipe = corpus.documents.sizes[0], 1.0, ""
+    size, power, recipe, speed = corpus.documents.sizes[0], 1.0, "", None
     for _ in range(2):
         recipe = chosen(wanted, seconds * power, size) if wanted else ""
         settings, prepared = prepared_from(build(table()["recipes"].get(recipe, {})), corpus, held_out)
         fitting, prepared = fitted(settings, prepared)
+        if not measuring:  # no time for it: what the table has for so short a time fits anywhere
+            break
         cost = cost_of(fitting)
         refuse_too_large(cost, fitting, device)
-        speed = measured_step(fitting, prepared, cost, device, measuring) if measuring else None
+        speed = measured_step(fitting, prepared, cost, device, measuring)
         reference = table()["step_seconds"].get(recipe)
-        if not (speed and reference):
+        if not reference:
             break
         power = reference / speed.step_seconds
         if chosen(wanted, seconds * power, size) == recipe:
