@@ -69,19 +69,14 @@ class KneserNey:
     @classmethod
     def count(cls, tokens: np.ndarray, vocabulary_size: int, order: int) -> "KneserNey":
         """Count `tokens`, at least `order` of ids below `vocabulary_size`: a million take about a second at order 8."""
-        assert len(tokens) >= order, "there is something to count"
-        tokens = np.asarray(tokens, dtype=np.int64)
-        numbers = np.zeros(len(tokens), dtype=np.int64)  # of the n-gram that begins at each place; first n is 0
-        found: list[tuple[np.ndarray, np.ndarray]] = []
-        for n in range(1, order + 1):
-            pairs = numbers[: len(tokens) - n + 1] * vocabulary_size + tokens[n - 1 :]
-            keys, first, longer, counts = np.unique(pairs, return_index=True, return_inverse=True, return_counts=True)
-            if found:  # each different n-gram is one continuation of the (n-1)-gram that it ends with
-                shorter = found[-1][0]
-                found[-1] = shorter, np.bincount(numbers[first + 1], minlength=len(shorter))
-            found.append((keys, counts))
-            numbers = longer
-        return cls.restored(dict(_named(found)), vocabulary_size)
+        return cls._of(list(_counted(tokens, vocabulary_size, order)), vocabulary_size)
+
+    @classmethod
+    def _of(cls, grams: "list[Grams]", vocabulary_size: int) -> "KneserNey":
+        """The model of these orders: how often the longest n-grams occur, and how the shorter ones are continued."""
+        counts = [each.continued for each in grams[:-1]] + [grams[-1].counts]
+        named = _named([(each.keys, own) for each, own in zip(grams, counts, strict=True)])
+        return cls.restored(dict(named), vocabulary_size)
 
     def tables(self) -> dict[str, Tensor]:
         """What it was counted from, by name: keys (int64) and counts (int32) of each order."""
@@ -111,17 +106,15 @@ class KneserNey:
             begin = order.find(begin[:, : tokens.shape[1] - n], tokens[:, n:], self.vocabulary_size)
 
     def probability(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """p of each of `targets` (B, T) after the last T of `tokens` (B, S), by each order: (orders, B, T)."""
+        """p of each of `targets` (B, T) after the last T of `tokens` (B, S): (B, T)."""
         p = torch.full(targets.shape, 1 / self.vocabulary_size, dtype=torch.float64, device=tokens.device)
-        each = []
         for order, context in self.contexts(tokens, targets.shape[1]):
             own = order.left(order.find(context, targets, self.vocabulary_size))
             p = self.interpolated(order, context, own, p)
-            each.append(p)
-        return torch.stack(each)
+        return p
 
     def distribution(self, tokens: Tensor, new: int) -> Tensor:
-        """p of every token after each of the last `new` of `tokens` (B, S), by the highest order: (B, T, V)."""
+        """p of every token after each of the last `new` of `tokens` (B, S): (B, T, V)."""
         rows, V = tokens.shape[0] * new, self.vocabulary_size
         p = torch.full((rows, V), 1 / V, dtype=torch.float64, device=tokens.device)
         for order, contexts in self.contexts(tokens, new):
@@ -154,14 +147,41 @@ def discounts(counts: Tensor) -> Tensor:
 
 
 def kneser_ney(training: np.ndarray, held_out: np.ndarray, vocabulary_size: int, order: int) -> np.ndarray:
-    """Nats per token of `held_out` after counting `training`, at the orders 1 to `order`: (order,).
+    """Nats per token of `held_out` after counting `training`, for the models of the orders 1 to `order`: (order,).
 
-    Every token of `held_out` is predicted from the order - 1 before it, the first ones from the end of `training`.
+    Every token of `held_out` is predicted from those before it, the first ones from the end of `training`.
     """
-    counted = KneserNey.count(training, vocabulary_size, order)
     tokens = torch.from_numpy(np.concatenate([training[-order:], held_out]).astype(np.int64)).unsqueeze(0)
-    p = counted.probability(tokens[:, :-1], tokens[:, order:])
-    return -p.log().mean((1, 2)).numpy()
+    grams = list(_counted(training, vocabulary_size, order))
+    models = (KneserNey._of(grams[:n], vocabulary_size) for n in range(1, order + 1))
+    return np.array([-float(each.probability(tokens[:, :-1], tokens[:, order:]).log().mean()) for each in models])
+
+
+@dataclass
+class Grams:
+    """The n-grams of one order: their keys, how often each occurs, and how many different tokens stand before it (of
+    the longest that were counted: not known)."""
+
+    keys: np.ndarray
+    counts: np.ndarray
+    continued: np.ndarray
+
+
+def _counted(tokens: np.ndarray, vocabulary_size: int, order: int) -> Iterator[Grams]:
+    """The n-grams of each order; of one after the other the continuations are known when the next one is."""
+    assert len(tokens) >= order, "there is something to count"
+    tokens = np.asarray(tokens, dtype=np.int64)
+    numbers = np.zeros(len(tokens), dtype=np.int64)  # of the n-gram that begins at each place; first n is 0
+    shorter: Grams | None = None
+    for n in range(1, order + 1):
+        pairs = numbers[: len(tokens) - n + 1] * vocabulary_size + tokens[n - 1 :]
+        keys, first, longer, counts = np.unique(pairs, return_index=True, return_inverse=True, return_counts=True)
+        if shorter is not None:  # each different n-gram is one continuation of the (n-1)-gram that it ends with
+            shorter.continued = np.bincount(numbers[first + 1], minlength=len(shorter.keys))
+            yield shorter
+        shorter, numbers = Grams(keys, counts, np.empty(0, dtype=np.int64)), longer
+    assert shorter is not None
+    yield shorter
 
 
 def _named(orders: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[str, Tensor]]:

@@ -9,6 +9,7 @@ B batch, T positions asked for, S all positions known (past and new), C channels
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,18 +118,11 @@ class NgramEmbedding(Layer):
 class NgramCache(KeyValueCache):
     """Keys and values, and the tokens themselves, (B, capacity): the n-grams of new tokens begin among old ones."""
 
-    def __init__(
-        self,
-        reaches: Sequence[int | None],
-        batch: int,
-        heads: int,
-        capacity: int,
-        head_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(reaches, batch, heads, capacity, head_size, device, dtype)
-        self.tokens = torch.zeros(batch, capacity, dtype=torch.long, device=device)
+    def __init__(self, *shape: Any) -> None:
+        """`shape` is what a KeyValueCache is made of."""
+        super().__init__(*shape)
+        keys = self.keys[0]
+        self.tokens = torch.zeros(len(keys), self.capacity, dtype=torch.long, device=keys.device)
 
     def append_tokens(self, tokens: Tensor) -> Tensor:
         """Put new tokens (B, T) behind the old; gives all of them (B, S)."""

@@ -7,7 +7,7 @@ B batch, T new positions, C channels (embedding_size), V vocabulary, D head size
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -74,7 +74,7 @@ class DecoderSettings(ModelSettings):
 class Decoder(Layer):
     """Tokens (B, T) in; logits (B, T, V) out, or the mean loss where targets are given."""
 
-    Cache = KeyValueCache
+    Cache: Any = KeyValueCache
 
     def __init__(
         self,

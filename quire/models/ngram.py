@@ -109,7 +109,7 @@ class Ngram(Modern):
             return torch.logaddexp(network + math.log(1 - share), (share * counted).log().to(network.dtype))
         wanted = targets.clamp(min=0)
         network = network.gather(-1, wanted.unsqueeze(-1)).squeeze(-1)
-        counted = self.counts.probability(known, wanted)[-1]
+        counted = self.counts.probability(known, wanted)
         gained = torch.logaddexp(network + math.log(1 - share), (share * counted).log().to(network.dtype))
         counting = targets != IGNORED
         return -(gained * counting).sum() / counting.sum().clamp(min=1)

@@ -36,7 +36,7 @@ LONGER, GPU = 10, 20  # what-ifs: times the time; times the speed, a GPU beside 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Settings for a text, the text prepared for them, and what was measured; `recipe` is "" where it is none's."""
+    """Settings fitted to a text, the text prepared, and what was measured; `recipe` is "" where it is none's."""
 
     settings: Settings
     prepared: Prepared
@@ -166,26 +166,27 @@ def choose(
     for _ in range(2):
         recipe = chosen(wanted, seconds * power, size) if wanted else ""
         settings, prepared = prepared_from(build(table()["recipes"].get(recipe, {})), corpus, held_out)
-        fitting, prepared = fitted(settings, prepared)
-        if not measuring:  # no time for it: what the table has for so short a time fits anywhere
+        own = bool(recipe) and holds(settings, recipe)
+        settings, prepared = fitted(settings, prepared)
+        if not measuring and own:  # no time for it: what the table has for so short a time fits anywhere
             break
-        cost = cost_of(fitting)
-        refuse_too_large(cost, fitting, device)
-        speed = measured_step(fitting, prepared, cost, device, measuring)
+        cost = cost_of(settings)
+        refuse_too_large(cost, settings, device)
+        if not measuring:
+            break
+        speed = measured_step(settings, prepared, cost, device, measuring)
         reference = table()["step_seconds"].get(recipe)
         if not reference:
             break
         power = reference / speed.step_seconds
         if chosen(wanted, seconds * power, size) == recipe:
             break
-    return Chosen(settings, prepared, recipe if holds(settings, recipe) else "", speed)
+    return Chosen(settings, prepared, recipe if own else "", speed)
 
 
 def holds(settings: Settings, recipe: str) -> bool:
     """Whether the settings are still those of the recipe, whatever flags went over it."""
-    wanted = table()["recipes"].get(recipe)
-    if wanted is None:
-        return False
+    wanted = table()["recipes"][recipe]
     parts = {"model": to_table(settings.model), "training": to_table(settings.training)}
     return all(parts[part][name] == value for part in parts for name, value in wanted[part].items())
 
@@ -220,7 +221,7 @@ def refuse_too_large(cost: Cost, settings: Settings, device: torch.device) -> No
 
 def summed_up(found: Chosen, wanted: str, seconds: float, device: torch.device) -> Plan:
     """The plan's numbers: steps from the time and what a step takes, and the bits per byte that those come to."""
-    settings, prepared = fitted(found.settings, found.prepared)
+    settings, prepared = found.settings, found.prepared
     shape, training, cost = settings.model, settings.training, cost_of(settings)
     speed = found.speed
     assert speed is not None, "what is planned was measured"

@@ -58,6 +58,8 @@ class Trainer:
             if isinstance(module, Block):
                 module.recomputed = settings.gradient_checkpointing
         self.optimizers = OPTIMIZERS[settings.optimizer](self.model, settings)
+        # n-gram tables are left out: their Adagrad scales each gradient by its own history in any case.
+        _, self.clipped = split_tables(self.model)
         self.tokens, ranges = tokens, run.manifest.get("ranges", {})
         context, examples = run.settings.context_length, run.examples(tokens, settings.seed)
         self.curriculum = Curriculum(settings.curriculum, examples, context, settings.seed, ranges)
@@ -121,8 +123,7 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         clip = settings.gradient_clip or math.inf
-        # n-gram tables are left out: their Adagrad scales each gradient by its own history in any case.
-        self.gradient_norm = float(nn.utils.clip_grad_norm_(split_tables(self.model)[1], clip))
+        self.gradient_norm = float(nn.utils.clip_grad_norm_(self.clipped, clip))
         self.step_optimizers(float(loss))
         self.model.zero_grad(set_to_none=True)
         state.step += 1

@@ -59,7 +59,8 @@ def test_it_is_the_model_of_the_paper(text: str, order: int) -> None:
     cut = len(tokens) * 4 // 5
     found = kneser_ney(np.array(tokens[:cut]), np.array(tokens[cut:]), len(characters), order)
     assert found.shape == (order,)
-    assert found[-1] == pytest.approx(by_dictionaries(tokens[:cut], tokens[cut:], len(characters), order), abs=1e-12)
+    expected = [by_dictionaries(tokens[:cut], tokens[cut:], len(characters), n) for n in range(1, order + 1)]
+    assert found == pytest.approx(np.array(expected), abs=1e-12)
 
 
 def test_probabilities_of_all_that_may_follow_sum_to_one() -> None:
@@ -84,7 +85,7 @@ def test_what_is_written_after_a_text_and_what_a_target_gets_are_the_same_probab
     targets = torch.from_numpy(rng.integers(0, 7, (3, 9)))
     whole = counted.distribution(tokens, 9)
     assert whole.sum(-1) == pytest.approx(np.ones((3, 9)), abs=1e-12)
-    assert torch.equal(whole.gather(-1, targets.unsqueeze(-1)).squeeze(-1), counted.probability(tokens, targets)[-1])
+    assert torch.equal(whole.gather(-1, targets.unsqueeze(-1)).squeeze(-1), counted.probability(tokens, targets))
     longest = counted.distribution(tokens[:, -4:], 1)  # no more than order - 1 tokens matter
     assert torch.equal(longest[:, 0], whole[:, -1])
 

@@ -71,8 +71,11 @@ def test_fastest_has_tables_and_says_so(desk: Path, quire) -> None:
 
 def test_what_cannot_fit_is_refused(desk: Path, quire) -> None:
     before = everything(desk)
-    said = quire("plan", "book.txt", "--model.embedding-size", "65536", "--model.layers", "96", "--model.heads", "64")
+    large = ["--model.embedding-size", "65536", "--model.layers", "96", "--model.heads", "64"]
+    said = quire("plan", "book.txt", *large)
     assert said.code == 2 and "This cannot fit: training needs about" in said.plain and "GB" in said.plain
+    short = quire("train", "book.txt", "--minutes", "0.1", *large)  # where there is no time to measure anything
+    assert short.code == 2 and "This cannot fit" in short.plain
     assert everything(desk) == before
 
 
