@@ -34,7 +34,7 @@ from quire.planning.recipes import TABLE, features, table
 RESULTS = ROOT / "benchmarks" / "results" / "sweep.jsonl"
 SHARED = ROOT.parent / "shared" / "data"
 MINUTES = [0.25, 1.0, 3.0, 10.0, 30.0]
-SIZES = [20_000, 200_000, 1_000_000, 5_000_000, 100_000_000]
+SIZES = [20_000, 200_000, 1_000_000, 5_000_000, 80_000_000]
 TEXTS = {  # where each comes from: a file in ../shared/data, a corpus of Quire's with its first byte, or code
     "tiny-shakespeare": "tinyshakespeare.txt",
     "king-james": "king-james",
@@ -45,6 +45,7 @@ TEXTS = {  # where each comes from: a file in ../shared/data, a corpus of Quire'
     "enwik8-later": "enwik8",
 }
 LATER = 20_000_000  # enwik8 is taken from here on: its first megabytes are one of the six texts
+EVALUATIONS = {0.25: 2, 1.0: 3, 3.0: 6, 10.0: 8, 30.0: 10}  # by core-minutes: none is paid for by the cell
 PENALTY = 0.02  # of the regression's coefficients, which keeps them small where cells are few
 
 
@@ -65,24 +66,24 @@ def places(budget: float) -> list[tuple[int, str]]:
         200_000: ["king-james", "code", "names"],
         1_000_000: ["tiny-shakespeare", "wikitext2", "code"],
         5_000_000: ["shakespeare", "enwik8-later", "code"],
-        100_000_000: ["enwik8-later"],
+        80_000_000: ["enwik8-later"],
     }
-    few = 3 if budget <= 1 else 2 if budget <= 3 else 1
-    order = [1_000_000, 20_000, 5_000_000, 200_000, 100_000_000]
+    few = 2 if budget <= 1 else 1
+    order = [1_000_000, 20_000, 5_000_000, 200_000, 80_000_000]
     if budget == min(MINUTES):
-        order = order[:-1]  # reading 100 MB takes as long
+        order = order[:-1]  # reading 80 MB takes as long
     return [(size, texts[size][rank]) for rank in range(few) for size in order if rank < len(texts[size])]
 
 
 def suits(recipe: dict[str, Any], budget: float, size: int) -> bool:
     """Whether a recipe may be the best one there: neither far too large for the time nor far too small."""
     model, training = recipe["model"], recipe["training"]
-    weight = model["layers"] * model["embedding_size"] ** 2 / 1000  # 1x64: 4, 3x96: 28, 4x128: 66, 6x192: 221
-    if training.get("tokenizer") == "byte-bpe" and (size < 1_000_000 or budget < 1):
+    weight = model["layers"] * model["embedding_size"] ** 2 / 1000  # 1x64: 4, 2x96: 18, 3x96: 28, 3x128: 49, 6x192: 221
+    if training.get("tokenizer") == "byte-bpe" and (size < 1_000_000 or budget < 3):
         return False
-    if model.get("dropout") and (size > 1_000_000 or budget < 1):
+    if model.get("dropout") and (size > 1_000_000 or budget < 3):
         return False
-    low, high = {0.25: (0, 30), 1.0: (0, 70), 3.0: (20, 70), 10.0: (20, 230), 30.0: (50, 230)}[budget]
+    low, high = {0.25: (0, 20), 1.0: (0, 30), 3.0: (15, 70), 10.0: (25, 70), 30.0: (45, 230)}[budget]
     return low <= weight <= high
 
 
@@ -118,7 +119,12 @@ def trained(cell: dict[str, Any]) -> dict[str, Any]:
     speed = measured(settings, prepared, torch.device("cpu"), min(5.0, 0.2 * seconds), 1)
     assert speed.cpu_seconds is not None
     steps = max(20, round(seconds / speed.cpu_seconds))
-    training = {**flags["training"], "steps": steps, "evaluation_interval": max(10, steps // 5), "sample_tokens": 0}
+    training = {
+        **flags["training"],
+        "steps": steps,
+        "evaluation_interval": -(-steps // EVALUATIONS[cell["minutes"]]),
+        "sample_tokens": 0,
+    }
     with tempfile.TemporaryDirectory() as folder:
         run = quire.train(path, run=Path(folder) / "run", model=recipe["model"], device="cpu", **training)
         lines = [line for line in run.metrics() if line.get("validation_loss") is not None]
@@ -151,7 +157,7 @@ def write_text(name: str, size: int, folder: Path) -> None:
         from quire.sources import fetch
 
         data = b"\n".join(piece for _, piece in fetch(CORPORA[source]))
-    start = LATER if name == "enwik8-later" and size < LATER else 0
+    start = LATER if name == "enwik8-later" else 0
     path.write_text(data[start : start + size].decode("utf-8", "ignore"), encoding="utf-8", newline="\n")
 
 

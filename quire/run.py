@@ -208,7 +208,9 @@ class Run:
         """The model, given what was counted in the training text where it wants that."""
         if sums := self.manifest.get("counts"):
             tables = checkpoint.read_tensors(self.path / COUNTS, sums)
-            model.counts = KneserNey.restored(tables, self.settings.vocabulary_size, device)
+            where = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+            separator = self.settings.separator if self.settings.separate_documents else None
+            model.counts = KneserNey.restored(tables, self.settings.vocabulary_size, where, separator)
         return model
 
 

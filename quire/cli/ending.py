@@ -29,7 +29,7 @@ def show_ending(run: Run, as_json: bool) -> int:
         print_json({**figures, "validation_loss": loss, "bits_per_byte": bits, **before})
         return 0
     if length := run.config["training"].get("sample_tokens", TrainingSettings.sample_tokens):
-        sample = sample_of(run, last["step"]) if best is last else None  # the best model wrote already
+        sample = sample_of(run, best["step"])
         if sample is None:
             writer = Writer(run)
             if run.pairs:
@@ -48,8 +48,9 @@ def show_ending(run: Run, as_json: bool) -> int:
     epochs = last["tokens"] / max(
         1, report.get("predictions") or report["tokens"] - run.manifest["validation"]["tokens"]
     )
-    say(verdict(metrics, epochs, f"{name} resume {path}"))
-    say(f"Loss plot: {run.path / 'loss.png'}\n")
+    say(verdict(metrics, epochs, f"{name} resume {path}", mixed=run.settings.kind == "ngram"))
+    plot = run.path / "loss.png"
+    say(f"Loss plot: {plot if plot.exists() else f'{name} plot {path}'}\n")
     translations = " --translations" if run.pairs else ""
     next_commands = {
         f"{name} generate {path}": "ask it to write",

@@ -5,6 +5,7 @@ That is the number other tools report; overlapping windows (a stride) give a low
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,13 @@ def total_loss(
     vocabulary_size: int,
     device: torch.device,
     stride: int | None = None,
+    most_batches: int | None = None,
 ) -> tuple[float, int]:
     """The sum of -log p(token), in nats, over all tokens but the first, and how many those are. Of pairs, over the
     tokens of every target and its end.
 
     With a `stride` below the context length, windows overlap: each predicts `stride` new tokens, the first all of its.
+    `most_batches` leaves the rest of the tokens out.
     """
     most = TOKENS if device.type == "cpu" else GPU_TOKENS
     if isinstance(tokens, Pairs):
@@ -46,7 +49,7 @@ def total_loss(
     was_training = model.training
     model.eval()
     losses, counts, pieces = [], [], 1  # in so many pieces each batch: more of them where memory runs out
-    for batch in batches:
+    for batch in islice(batches, most_batches):
         while (found := _losses(model, batch, min(pieces, len(batch.inputs)), device)) is None:
             pieces *= 2
             release_memory(device)

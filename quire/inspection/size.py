@@ -81,7 +81,7 @@ def _measured(settings: ModelSettings) -> Size:
                 if isinstance(module, Block):
                     module.recomputed = recomputed
             kept.append(_kept_bytes(model, {**given, "targets": tokens}) * settings.context_length // length)
-        cache = model.eval().new_cache(1)
+        cache = model.new_cache(1)
         with torch.no_grad():
             model(**given, cache=cache)
         parameters = sum(parameter.numel() for parameter in model.parameters())

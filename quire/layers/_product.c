@@ -138,7 +138,7 @@ static int take_pieces(void) {
     int found = 0;
     for (;;) {
         uint64_t seen = atomic_load(&pool.ticket);
-        long piece = (long)(seen & 0xFFFFFFFF);
+        int64_t piece = (int64_t)(seen & 0xFFFFFFFF);
         if (piece >= atomic_load(&pool.pieces)) return found;
         Product p = pool.product;
         if (!atomic_compare_exchange_strong(&pool.ticket, &seen, seen + 1)) continue;
@@ -160,7 +160,7 @@ static void *worker(void *unused) {
         pthread_mutex_lock(&pool.lock);
         atomic_fetch_add(&pool.sleepers, 1);
         uint64_t seen = atomic_load(&pool.ticket);
-        if ((long)(seen & 0xFFFFFFFF) >= atomic_load(&pool.pieces)) pthread_cond_wait(&pool.wake, &pool.lock);
+        if ((int64_t)(seen & 0xFFFFFFFF) >= atomic_load(&pool.pieces)) pthread_cond_wait(&pool.wake, &pool.lock);
         atomic_fetch_sub(&pool.sleepers, 1);
         pthread_mutex_unlock(&pool.lock);
         waited = 0;

@@ -41,7 +41,7 @@ class HeadLoss(CrossEntropy):
         smoothing = self.label_smoothing if self.training else 0.0
         traced = torch.compiler.is_compiling()
         if self.tape is None:
-            apply = _traced if traced else _in_pieces  # torch.compiler.disable would import the compiler for all
+            apply = _traced if traced else _in_pieces
             return apply(x, head.weight, targets, smoothing, traced, torch.is_grad_enabled())
         wanted = True, head.weight.requires_grad
         loss, *gradients = in_pieces(x.detach(), head.weight.detach(), targets, smoothing, traced, wanted)
@@ -170,4 +170,6 @@ def _in_pieces(*arguments: Any) -> Tensor:
     return _InPieces.apply(*arguments)
 
 
-_traced = torch._disable_dynamo(_in_pieces)  # the step's last part, which works in place: no graph of it
+def _traced(*arguments: Any) -> Tensor:
+    """The step's last part works in place: the compiler, which is imported only where it compiles, leaves it alone."""
+    return torch.compiler.disable(_in_pieces)(*arguments)

@@ -25,51 +25,57 @@ FEW = 0.5  # the discount where those are none, as for the characters of a long 
 
 @dataclass(frozen=True)
 class Order:
-    """The n-grams of one order: `keys` (G), sorted, are context x V + token; `counts` (G) how often each was seen."""
+    """The n-grams of one order: `keys` (G), sorted, are context x V + token; `counts` (G) how often each was seen.
+
+    What follows from these has one entry more, at the end: there -1 finds what holds of all that was never seen.
+    """
 
     keys: Tensor
     counts: Tensor
-    discounts: Tensor  # (4,): what is taken from a count of 0, 1, 2, and more
-    starts: Tensor  # the number of each context's first n-gram, and G at the end
-    total: Tensor  # c(h) of each context
-    handed_on: Tensor  # g(h) of each context
+    own: Tensor  # (G + 1,): max(c(h w) - D, 0) / c(h) of each n-gram
+    weight: Tensor  # g(h) / c(h) of each context: what the order below counts for
+    starts: Tensor  # the number of each context's first n-gram
+    sizes: Tensor  # how many n-grams each context begins
 
     @classmethod
     def of(cls, keys: Tensor, counts: Tensor, contexts: int, vocabulary_size: int) -> "Order":
         """The n-grams of these keys and counts; `contexts` is how many (n-1)-grams there are."""
-        taken = discounts(counts)
+        taken = discounts(counts)[counts.clamp(max=3)]
         context = keys // vocabulary_size
-        sums = torch.zeros(2, contexts, dtype=torch.float64, device=keys.device)
-        sums.index_add_(1, context, torch.stack([counts.double(), taken[counts.clamp(max=3)]]))
-        starts = torch.searchsorted(context, torch.arange(contexts + 1, device=keys.device))
-        return cls(keys, counts, taken, starts, *sums)
+        total, handed_on = torch.zeros(2, contexts + 1, dtype=torch.float64, device=keys.device).index_add_(
+            1, context, torch.stack([counts.double(), taken])
+        )
+        weight = torch.where(total > 0, handed_on / total.clamp(min=1), 1.0)
+        own = torch.nn.functional.pad((counts - taken) / total.clamp(min=1)[context], (0, 1))
+        sizes = torch.bincount(context, minlength=contexts + 1)
+        return cls(keys, counts, own, weight, sizes.cumsum(0) - sizes, sizes)
 
     def find(self, contexts: Tensor, tokens: Tensor, vocabulary_size: int) -> Tensor:
         """The number of the n-gram of a context and a token, any shape; -1 where there is none."""
         wanted = contexts * vocabulary_size + tokens
         place = torch.searchsorted(self.keys, wanted).clamp_(max=len(self.keys) - 1)
-        there = (self.keys[place] == wanted) & (contexts >= 0) & (tokens >= 0)
+        there = (self.keys.take(place) == wanted) & (contexts >= 0) & (tokens >= 0)
         return place.masked_fill_(~there, -1)
-
-    def left(self, numbers: Tensor) -> Tensor:
-        """max(c - D(c), 0) of n-grams by number; 0 for -1."""
-        counts = self.counts[numbers.clamp(min=0)].masked_fill(numbers < 0, 0)
-        return counts - self.discounts[counts.clamp(max=3)]
 
 
 class KneserNey:
     """n-grams of up to as many tokens as there are `orders`, counted once; they learn nothing by gradients.
 
-    Probabilities are float64.
+    Probabilities are float64. Where a `separator` is set, what follows it is predicted from nothing before it.
     """
 
-    def __init__(self, vocabulary_size: int, orders: Sequence[Order]) -> None:
-        self.vocabulary_size, self.orders = vocabulary_size, list(orders)
+    def __init__(self, vocabulary_size: int, orders: Sequence[Order], separator: int | None = None) -> None:
+        self.vocabulary_size, self.orders, self.separator = vocabulary_size, list(orders), separator
 
     @classmethod
     def count(cls, tokens: np.ndarray, vocabulary_size: int, order: int) -> "KneserNey":
         """Count `tokens`, at least `order` of ids below `vocabulary_size`: a million take about a second at order 8."""
         return cls._of(list(_counted(tokens, vocabulary_size, order)), vocabulary_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.orders[0].keys.device
 
     @classmethod
     def _of(cls, grams: "list[Grams]", vocabulary_size: int) -> "KneserNey":
@@ -84,33 +90,40 @@ class KneserNey:
 
     @classmethod
     def restored(
-        cls, tables: dict[str, Tensor], vocabulary_size: int, device: torch.device | str = "cpu"
+        cls,
+        tables: dict[str, Tensor],
+        vocabulary_size: int,
+        device: torch.device | str = "cpu",
+        separator: int | None = None,
     ) -> "KneserNey":
         """The inverse of `tables`."""
         orders: list[Order] = []
         for n in range(1, len(tables) // 2 + 1):
             keys, counts = tables[f"keys.{n}"].to(device), tables[f"counts.{n}"].to(device)
             orders.append(Order.of(keys, counts, len(orders[-1].keys) if orders else 1, vocabulary_size))
-        return cls(vocabulary_size, orders)
+        return cls(vocabulary_size, orders, separator)
 
     def contexts(self, tokens: Tensor, new: int) -> Iterator[tuple[Order, Tensor]]:
         """Each order, and the number of the context that it predicts from at the last `new` of `tokens` (B, S): (B, T).
 
-        -1 is a context that was never seen; so is one with a token of -1 in it, or before the first.
+        -1 is a context that was never seen; so is one with a token of -1 in it, or before the first. Orders for which
+        no context was seen are left out.
         """
         begin = torch.zeros_like(tokens)  # the number of the gram that begins at each place, here the empty one
+        later = tokens if self.separator is None else tokens.masked_fill(tokens == self.separator, -1)
         for n, order in enumerate(self.orders):  # the context has n tokens, the last of them the one asked for
-            ending = torch.nn.functional.pad(begin, (n, 0), value=-1)[:, n:] if not n else begin
-            short = max(0, new - ending.shape[1])
-            yield order, torch.nn.functional.pad(ending, (short, 0), value=-1)[:, -new:]
-            begin = order.find(begin[:, : tokens.shape[1] - n], tokens[:, n:], self.vocabulary_size)
+            ending = begin[:, -new:]
+            if n and not bool((ending >= 0).any()):
+                return
+            yield order, torch.nn.functional.pad(ending, (new - ending.shape[1], 0), value=-1)
+            begin = order.find(begin[:, : tokens.shape[1] - n], (later if n else tokens)[:, n:], self.vocabulary_size)
 
     def probability(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """p of each of `targets` (B, T) after the last T of `tokens` (B, S): (B, T)."""
         p = torch.full(targets.shape, 1 / self.vocabulary_size, dtype=torch.float64, device=tokens.device)
         for order, context in self.contexts(tokens, targets.shape[1]):
-            own = order.left(order.find(context, targets, self.vocabulary_size))
-            p = self.interpolated(order, context, own, p)
+            found = order.find(context, targets, self.vocabulary_size)
+            p = order.weight.take(context) * p + order.own.take(found)
         return p
 
     def distribution(self, tokens: Tensor, new: int) -> Tensor:
@@ -119,21 +132,13 @@ class KneserNey:
         p = torch.full((rows, V), 1 / V, dtype=torch.float64, device=tokens.device)
         for order, contexts in self.contexts(tokens, new):
             context = contexts.reshape(-1)
-            first, last = order.starts[context.clamp(min=0)], order.starts[context.clamp(min=0) + 1]
-            sizes = (last - first).masked_fill_(context < 0, 0)
-            row = torch.arange(rows, device=tokens.device).repeat_interleave(sizes)
-            number = torch.arange(len(row), device=tokens.device) + (first - sizes.cumsum(0) + sizes)[row]
-            own = torch.zeros_like(p)
-            own[row, order.keys[number] % V] = order.left(number)
-            p = self.interpolated(order, context.unsqueeze(1), own, p)
+            sizes = order.sizes.take(context)
+            row = torch.repeat_interleave(sizes)
+            first = order.starts.take(context) - sizes.cumsum(0) + sizes
+            number = torch.arange(len(row), device=tokens.device) + first.take(row)
+            p *= order.weight.take(context).unsqueeze(1)
+            p.put_(row * V + order.keys.take(number) % V, order.own.take(number), accumulate=True)
         return p.view(tokens.shape[0], new, V)
-
-    @staticmethod
-    def interpolated(order: Order, context: Tensor, own: Tensor, lower: Tensor) -> Tensor:
-        """p_n, given max(c - D, 0) of each n-gram and p_(n-1); the latter itself where the context says nothing."""
-        at = context.clamp(min=0)
-        total = order.total[at].masked_fill(context < 0, 0)
-        return torch.where(total > 0, (own + order.handed_on[at] * lower) / total.clamp(min=1), lower)
 
 
 def discounts(counts: Tensor) -> Tensor:
@@ -175,13 +180,29 @@ def _counted(tokens: np.ndarray, vocabulary_size: int, order: int) -> Iterator[G
     shorter: Grams | None = None
     for n in range(1, order + 1):
         pairs = numbers[: len(tokens) - n + 1] * vocabulary_size + tokens[n - 1 :]
-        keys, first, longer, counts = np.unique(pairs, return_index=True, return_inverse=True, return_counts=True)
+        keys, first, longer, counts = _distinct(pairs)
         if shorter is not None:  # each different n-gram is one continuation of the (n-1)-gram that it ends with
             shorter.continued = np.bincount(numbers[first + 1], minlength=len(shorter.keys))
             yield shorter
         shorter, numbers = Grams(keys, counts, np.empty(0, dtype=np.int64)), longer
     assert shorter is not None
     yield shorter
+
+
+def _distinct(values: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Different values in order, a place of each, which of them stands at each place, and how often each occurs.
+
+    numpy.unique does the same; sorting a value and its place as one number is several times as fast.
+    """
+    bits = len(values).bit_length()
+    assert int(values.max()).bit_length() + bits < 64, "a value and its place fit one number"
+    packed = np.sort(values << bits | np.arange(len(values)))
+    places, ordered = packed & ((1 << bits) - 1), packed >> bits
+    new = np.diff(ordered, prepend=-1) != 0
+    starts = np.flatnonzero(new)
+    which = np.empty_like(places)
+    which[places] = np.cumsum(new) - 1
+    return ordered[starts], places[starts], which, np.diff(starts, append=len(values))
 
 
 def _named(orders: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[str, Tensor]]:

@@ -1,19 +1,22 @@
-"""A modern decoder that knows n-grams in two ways: learned vectors at its input, and counts beside its output.
+"""A modern decoder that knows n-grams in three ways: learned vectors, counts of the text, and the window's own.
 
 The last tokens are looked up in large tables, of which each step touches few rows (layers/ngram_embedding.py; their
-optimizer is training/adagrad.py). And the training text is counted once (layers/kneser_ney.py): where the model is
-measured and where it writes, it gives
+optimizer is training/adagrad.py). The training text is counted once (layers/kneser_ney.py); and what stood in the
+window already votes for what came next there (layers/matches.py). Where the model is measured and where it writes:
 
-    p(w | h) = (1 - share) p_network(w | h) + share p_counted(w | h)
+    p_0(w | h) = (1 - share) p_network(w | h) + share p_counted(w | h)            Jelinek and Mercer (1980)
+    p(w | h) = (p_0(w | h) + votes for w) / (1 + all votes)
 
-the linear interpolation of Jelinek and Mercer (1980). Counting and learning err at different places, so both together
-are far better than either. The network is trained alone, as if there were no counts: had it to learn only what they
-leave over, it would trust them as one may on the text that was counted, and on no other.
+Counting, copying and learning err at different places, so all together are far better than any. The network is trained
+alone, as if there were nothing else: had it to learn only what the counts leave over, it would trust them as one may on
+the text that was counted, and on no other.
+
+It may be trained in windows shorter than its context (--curriculum) where its attention reaches no further than those
+(--model.window).
 
 Not a pure Transformer, and no other program reads it: it is always named.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,23 +29,26 @@ from quire.errors import UserError
 from quire.layers.cache import KeyValueCache
 from quire.layers.cross_entropy import IGNORED
 from quire.layers.kneser_ney import KneserNey
+from quire.layers.matches import Matches
 from quire.layers.ngram_embedding import NgramCache, NgramEmbedding
 from quire.models.modern import Modern, ModernSettings
 
 FEWEST, MOST = 1 << 10, 1 << 17  # rows of an order's table, where nothing else is said
 TOKENS_A_ROW = 8  # of the training text, about: the row count is the power of two above
+TINY = 1e-30  # the least probability there is a logarithm of
 MOST_COUNTED = 1 << 21  # tokens of the training text, the last ones: three seconds and some 40 MB of counts
 
 
 @dataclass(frozen=True)
 class NgramSettings(ModernSettings):
-    """A modern decoder, and which n-grams it looks up."""
+    """A modern decoder, and which n-grams it looks up, counts and finds again."""
 
     ngram_orders: tuple[int, ...] = (2, 3, 4, 5, 6)  # the last so many tokens have a table each; none: no tables
     ngram_rows: int = 0  # rows of each order's table; when training, 0 becomes a number that suits the text's length
     ngram_dropout: float = 0.0  # share of the looked-up vectors that are left out while training
     count_order: int = 8  # n-grams of up to so many tokens are counted in the training text; 0: none
-    count_share: float = 0.5  # of what is predicted, the share that comes from the counts
+    count_share: float = 0.6  # of what network and counts predict, the share that comes from the counts
+    match_length: int = 6  # an earlier place where so many tokens were the same has half a vote; 0: none has
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +66,8 @@ class NgramSettings(ModernSettings):
             raise UserError(f"--model.count-order must be between 0 and 32, not {self.count_order}.")
         if not 0 < self.count_share < 1:
             raise UserError(f"--model.count-share must be above 0 and below 1, not {self.count_share}.")
+        if not 0 <= self.match_length <= 64:
+            raise UserError(f"--model.match-length must be between 0 and 64, not {self.match_length}.")
 
     def sized(self, tokens: int) -> "NgramSettings":
         rows = 1 << max(0, tokens // TOKENS_A_ROW - 1).bit_length()
@@ -92,27 +100,44 @@ class Ngram(Modern):
         cache: KeyValueCache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """As Decoder.forward; with counts, in evaluation mode, logarithms of probabilities (B, T, V), or their loss.
+        """As Decoder.forward; in evaluation mode logarithms of the mixed probabilities (B, T, V), or their loss.
 
         A recorded loss, and so every gradient, is the network's alone.
         """
-        if self.counts is None or self.training or self.tape is not None:
+        if self.training or self.tape is not None or (self.counts is None and not self.settings.match_length):
             return super().forward(tokens, targets, cache, mask)
-        network = F.log_softmax(super().forward(tokens, None, cache, mask), -1)
+        logits = super().forward(tokens, None, cache, mask)
+        network = F.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
         if isinstance(cache, NgramCache):
             tokens, mask = cache.tokens[:, : cache.length], cache.mask
-        new, reach = network.shape[1], len(self.counts.orders)
-        known = (tokens if mask is None else tokens.masked_fill(~mask, -1))[:, -(new + reach) :]
-        share = self.settings.count_share
+        known = tokens if mask is None else tokens.masked_fill(~mask, -1)
         if targets is None:
-            counted = self.counts.distribution(known, new)
-            return torch.logaddexp(network + math.log(1 - share), (share * counted).log().to(network.dtype))
+            return self.mixed(network, known).clamp(min=TINY).log()
         wanted = targets.clamp(min=0)
-        network = network.gather(-1, wanted.unsqueeze(-1)).squeeze(-1)
-        counted = self.counts.probability(known, wanted)
-        gained = torch.logaddexp(network + math.log(1 - share), (share * counted).log().to(network.dtype))
+        mixed = self.mixed(network.gather(-1, wanted.unsqueeze(-1)).squeeze(-1), known, wanted)
         counting = targets != IGNORED
-        return -(gained * counting).sum() / counting.sum().clamp(min=1)
+        return -(mixed.clamp(min=TINY).log() * counting).sum() / counting.sum().clamp(min=1)
+
+    def mixed(self, p: Tensor, known: Tensor, targets: Tensor | None = None) -> Tensor:
+        """What network, counts and window say together after the last T of `known` (B, S), -1 being padding.
+
+        `p` is what the network says, of each of `targets` (B, T), or of every token (B, T, V).
+        """
+        settings, new, counts = self.settings, p.shape[1], self.counts
+        if counts is not None:
+            recent = known[:, -(new + len(counts.orders)) :].to(counts.device)
+            if targets is None:
+                counted = counts.distribution(recent, new)
+            else:
+                counted = counts.probability(recent, targets.to(counts.device))
+            p = (1 - settings.count_share) * p + settings.count_share * counted.to(p.dtype).to(p.device)
+        if settings.match_length:
+            begins = settings.document_begins(known, None)
+            matches = Matches.find(known, new, settings.match_length, None if begins is None else begins.cumsum(1))
+            if targets is None:
+                return (p + matches.of_each(settings.vocabulary_size)) / (1 + matches.all().unsqueeze(-1))
+            return (p + matches.of(targets)) / (1 + matches.all())
+        return p
 
     def embed(self, tokens: Tensor, cache: KeyValueCache | None, mask: Tensor | None, begins: Tensor | None) -> Tensor:
         known = cache.append_tokens(tokens) if isinstance(cache, NgramCache) else tokens

@@ -9,6 +9,7 @@ resumed or repeated run is the same, bit for bit.
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ MEASURED_STEPS = 4  # between decisions, at least
 EVALUATIONS = 10  # at most, in a run
 EVALUATION_SHARE = 0.05  # of the time may go into them, but the last one is always made
 EXIT_SECONDS = 0.4  # for the last words and the process's end
-SAMPLE_AND_PLOT_SECONDS = 1.5  # what an evaluation takes beside measuring the text, until it is known
+BESIDE_SECONDS = 1.5  # of an evaluation are for the sample, the plot and saving, as a run of a minute has them
 GRACE_SHARE, GRACE_SECONDS = 0.02, 1.0  # past the time before training is broken off in the middle of its schedule
 
 
@@ -78,14 +79,14 @@ class Clock:
         elif taken >= min(MEASURED_STEPS, self._measured + 1):
             self.step_seconds, self._measured = (state.seconds - seconds) / taken, taken
 
-    def decide(self, state: TrainingState, evaluation_steps: float = 0.0) -> None:
+    def decide(self, state: TrainingState, foreseen: Callable[[], float]) -> None:
         """Correct the state's progress, rate and what comes next, if this step calls for it.
 
-        Called after each step, or after the evaluation where one is due; `evaluation_steps`, the cost of an
-        evaluation in steps, stands in until one has been measured.
+        Called after each step, or after the evaluation where one is due; `foreseen` gives the seconds that measuring
+        the held-out text is going to take, and is asked for once.
         """
         if (decision := self.decisions.get(state.step)) is None:
-            if max(self.decisions, default=0) > state.step or not (decision := self._new(state, evaluation_steps)):
+            if max(self.decisions, default=0) > state.step or not (decision := self._new(state, foreseen)):
                 return
             self._keep(decision)
             self.start_measuring(state.step)
@@ -102,22 +103,24 @@ class Clock:
         self.decisions[decision.step] = decision
         files.append_line(self.record, json.dumps(asdict(decision)), sync=True)
 
-    def _new(self, state: TrainingState, evaluation_steps: float) -> Decision | None:
+    def _new(self, state: TrainingState, foreseen: Callable[[], float]) -> Decision | None:
         """The decision to make at this step by the clock, if any."""
-        total = state.minutes * 60
-        step_seconds = self.step_seconds
-        evaluation = self.evaluation_seconds or evaluation_steps * step_seconds + SAMPLE_AND_PLOT_SECONDS
-        spent = self.elapsed() - state.seconds_before
-        left = total - spent - EXIT_SECONDS - evaluation  # the last evaluation is always made
-        evaluated = state.step == state.next_evaluation
+        total, step_seconds = state.minutes * 60, self.step_seconds
         if state.rate == 0:
             taken = state.step - state.start
             if taken < PROBE_STEPS and not (taken >= 2 and taken * step_seconds > PROBE_SHARE * total):
                 return None
-            self._warn(evaluation, total)
-        elif left < -max(GRACE_SECONDS, GRACE_SHARE * total):  # the machine slowed down: stop here
+        if not self.evaluation_seconds:
+            self.evaluation_seconds = foreseen() + BESIDE_SECONDS * min(1.0, state.minutes)
+        if state.rate == 0:
+            self._warn(total)
+        evaluation = self.evaluation_seconds
+        spent = self.elapsed() - state.seconds_before
+        left = total - spent - EXIT_SECONDS - evaluation  # the last evaluation is always made
+        evaluated = state.step == state.next_evaluation
+        if state.rate and left < -max(GRACE_SECONDS, GRACE_SHARE * total):  # the machine slowed down: stop here
             return Decision(state.step, 1.0, 1.0, state.step, state.step)
-        elif not evaluated and state.step < state.next_decision:
+        if state.rate and not evaluated and state.step < state.next_decision:
             return None
         count = max(1, min(EVALUATIONS, int(EVALUATION_SHARE * total / max(evaluation, 1e-9))))
         target = state.progress + (state.next_evaluation - state.step) * state.rate  # of the next evaluation
@@ -133,9 +136,9 @@ class Clock:
             state.step, state.progress, rate, state.step + max(MEASURED_STEPS, steps // 4), state.step + until
         )
 
-    def _warn(self, evaluation: float, total: float) -> None:
-        if evaluation > total / 3:
+    def _warn(self, total: float) -> None:
+        if self.evaluation_seconds > total / 3:
             say(
-                f"Measuring the held-out text will take about {evaluation:.0f} s of the {total:.0f} s:"
+                f"Measuring the held-out text will take about {self.evaluation_seconds:.0f} s of the {total:.0f} s:"
                 " a smaller model, or a smaller --validation FILE, leaves more time for training."
             )

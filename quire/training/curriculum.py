@@ -111,6 +111,13 @@ class Curriculum:
         return f"Stage {number + 1} of {len(self.stages)}: windows of {length} tokens{source}."
 
 
+def shortened(words: Sequence[str], context_length: int) -> tuple[str, ...]:
+    """The stages with contexts of at most that many tokens."""
+    stages = [Stage.parse(word) for word in words]
+    return tuple(f"{each.share:g}:{min(each.context_length, context_length)}" + ":" * bool(each.text) + each.text
+                 for each in stages)  # fmt: skip
+
+
 def stage_seed(seed: int, number: int) -> int:
     """The seed of a stage's order; the first stage has the run's own, as a run without stages has."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]) if number else seed

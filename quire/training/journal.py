@@ -21,7 +21,8 @@ from quire.training.settings import TrainingSettings
 from quire.training.state import TrainingState
 
 SAMPLE = re.compile(r"held-out loss .*\n\n(`{3,})text\n(.*?)\n\1\n", re.DOTALL)
-PLOT_SECONDS = 30.0  # between two plots, each of which takes a fifth of a second
+PLOT_SECONDS = 30.0  # between two plots, and of a training that has one: the first takes a second or two
+SAMPLE_RATE = 5  # tokens of a sample at most for each second of --minutes
 
 
 class Journal:
@@ -78,6 +79,8 @@ class Journal:
                 text = shown(writer, validation)
             else:
                 length, seed = self.settings.sample_tokens, self.settings.seed
+                if state.minutes:
+                    length = min(length, math.ceil(SAMPLE_RATE * 60 * state.minutes))
                 text = writer.write([""], GenerationSettings(tokens=length, seed=seed, temperature=0.8))[0].text
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -91,9 +94,11 @@ class Journal:
             state, "samples.md", f"## Step {state.step}: held-out loss {loss:.4f}\n\n{fence}text\n{text}\n{fence}\n"
         )
 
-    def plot(self, finished: bool) -> None:
-        """Draw loss.png at the end, and now and then before."""
-        if finished or time.monotonic() - self.plotted >= PLOT_SECONDS:
+    def plot(self, state: TrainingState) -> None:
+        """Draw loss.png at the end, and now and then before; not in a few seconds of --minutes."""
+        if 0 < 60 * state.minutes < PLOT_SECONDS:
+            return
+        if state.finished or time.monotonic() - self.plotted >= PLOT_SECONDS:
             plot_losses([curve(self.run, "step")], "step", self.run.path / "loss.png")
             self.plotted = time.monotonic()
 

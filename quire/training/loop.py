@@ -206,20 +206,23 @@ class Trainer:
 
     def pass_over(self, loss: float) -> None:
         """Leave the weights alone; then stop, go on, or go back to the best checkpoint with half the learning rate."""
-        state, settings = self.state, self.settings
+        self.state.passed_over += 1
         what = f"the loss became {loss:.4g}" if math.isfinite(loss) else "the loss is not finite"
         if math.isfinite(loss) and not math.isfinite(self.gradient_norm):
             what = "the gradient is not finite"
-        state.passed_over += 1
-        cause = f"The likeliest cause is a learning rate that is too high ({settings.learning_rate:g})"
-        if settings.non_finite == "stop" or state.passed_over > PASSES:
+        if self.settings.non_finite != "skip" or self.state.passed_over > PASSES:
+            self.blame(what, stop=self.state.passed_over > PASSES)
+
+    def blame(self, what: str, stop: bool) -> None:
+        """Go back to the best checkpoint with half the learning rate, where that is the policy; otherwise stop."""
+        cause = f"The likeliest cause is a learning rate that is too high ({self.settings.learning_rate:g})"
+        if stop or self.settings.non_finite != "rollback":
             raise UserError(
-                f"At step {state.step} {what}; training stopped, and the checkpoints from before are kept."
+                f"At step {self.state.step} {what}; training stopped, and the checkpoints from before are kept."
                 f" {cause}: start anew with a lower --learning-rate, or with --non-finite rollback."
             )
-        if settings.non_finite == "rollback":
-            self.roll_back()
-            say(f"At step {state.step} {what}: back to the best weights so far, at half the learning rate. {cause}.")
+        self.roll_back()
+        say(f"At step {self.state.step} {what}: back to the best weights so far, at half the learning rate. {cause}.")
 
     def roll_back(self) -> None:
         """Weights and optimizer of the best checkpoint (or the first weights); steps, data and clock go on.
@@ -246,13 +249,16 @@ class Trainer:
             self.clock.measure(state)
             state.progress += state.rate
             if state.step != state.next_evaluation:  # there the clock decides after the evaluation
-                self.clock.decide(state, self.evaluation_steps())
+                self.clock.decide(state, self.foreseen_evaluation)
         state.finished = state.progress > 1 - 1e-9
 
-    def evaluation_steps(self) -> float:
-        """What an evaluation will cost, in training steps: forward alone is about a third of a step's work."""
-        per_step = self.settings.batch_size * self.settings.accumulation_steps * self.curriculum.whole.tokens_each()
-        return 1.2 * len(self.validation) / 3 / per_step
+    def foreseen_evaluation(self) -> float:
+        """The seconds that measuring the held-out text is going to take, by its first batches."""
+        began, shape = time.monotonic(), self.run.settings
+        _, count = total_loss(
+            self.model, self.validation, shape.context_length, shape.vocabulary_size, self.device, most_batches=2
+        )
+        return (time.monotonic() - began) * max(1.0, len(self.validation) / count)
 
     # ---- what is due now and then ----
 
@@ -260,7 +266,10 @@ class Trainer:
         """Measure the held-out loss, keep the best, write a sample and the plot, and save."""
         state, began = self.state, time.monotonic()
         loss, bits = self.held_out_loss()
-        improved = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
+        if not math.isfinite(loss):
+            self.blame("the held-out loss is not finite", stop=state.best_loss is None)
+            loss, bits = self.held_out_loss()
+        improved = state.best_loss is None or loss < state.best_loss
         if improved:
             state.best_loss, state.best_step, state.stale = loss, state.step, 0
         else:
@@ -270,9 +279,9 @@ class Trainer:
             self.journal.sample(state, self.model, self.validation, loss)
         if not state.end and not state.finished:
             self.clock.evaluation_seconds = max(self.clock.evaluation_seconds, time.monotonic() - began)
-            self.clock.decide(state)
+            self.clock.decide(state, self.foreseen_evaluation)
             state.finished = state.progress > 1 - 1e-9
-        self.journal.plot(state.finished)
+        self.journal.plot(state)
         if not state.end and state.finished:
             self.clock.end(state)
         if state.end:

@@ -132,7 +132,7 @@ class Watch:
 
 def judged(first: Reading, last: Reading, cores: int) -> str | None:
     """The sentence about the time between two readings, or None where nothing held this process up."""
-    passed, own = last.now - first.now, max(last.own - first.own, 1e-9)
+    passed, own = last.now - first.now, max(last.own - first.own, 1e-3)
     if (stopped := (last.throttled - first.throttled) / passed) >= 1 - 1 / SLOWED:
         return f"This process has used up its quota of processor time for {stopped:.0%} of the time, and waits then."
     slowed = 1 + (last.waited - first.waited) / own
@@ -150,12 +150,12 @@ def reading() -> Reading | None:
     try:
         tasks = [task.joinpath("schedstat").read_text().split() for task in Path("/proc/self/task").iterdir()]
         all_cores = [int(ticks) for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        ran, waited = (sum(int(task[column]) for task in tasks) / 1e9 for column in (0, 1))
+        waited = sum(int(task[1]) for task in tasks) / 1e9
     except (OSError, ValueError, IndexError):
         return None
     idle = all_cores[3] + all_cores[4]  # idle, and waiting for a disk
     busy = (sum(all_cores) - idle) / os.sysconf("SC_CLK_TCK")
-    return Reading(time.monotonic(), ran, waited, busy, _throttled())
+    return Reading(time.monotonic(), time.process_time(), waited, busy, _throttled())
 
 
 def _throttled() -> float:

@@ -26,7 +26,7 @@ from quire.errors import UserError
 from quire.progress import say
 from quire.run import Run, refuse_existing
 from quire.training.clock import read_decisions
-from quire.training.curriculum import Curriculum
+from quire.training.curriculum import Curriculum, shortened
 from quire.training.loop import Trainer
 from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
 from quire.training.texts import STANDARD_INPUT, find_data, load_data
@@ -297,6 +297,8 @@ def fitted(settings: Settings, prepared: Prepared) -> tuple[Settings, Prepared]:
             f"The training text has {predictions} tokens, fewer than the context length"
             f" {settings.model.context_length}: the context is shortened to {context}."
         )
+        curriculum = shortened(settings.training.curriculum, context)
+        settings = replace(settings, training=replace(settings.training, curriculum=curriculum))
     training = settings.training
     Curriculum(training.curriculum, prepared.training, context, training.seed, prepared.ranges)  # refused before a run
     separator = prepared.tokenizer.separator

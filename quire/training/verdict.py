@@ -7,10 +7,11 @@ READ = 0.1  # share of the text before which nothing has converged
 RISEN = 0.01  # a held-out loss this share above its best has risen
 
 
-def verdict(metrics: list[dict[str, Any]], epochs: float, resume: str) -> str:
+def verdict(metrics: list[dict[str, Any]], epochs: float, resume: str, mixed: bool = False) -> str:
     """One or two sentences about the evaluations in `metrics` (lines of metrics.jsonl).
 
-    `epochs` is how often the text was read, `resume` the command that trains the run further.
+    `epochs` is how often the text was read, `resume` the command that trains the run further. `mixed` is True where
+    the held-out loss is not the network's alone, as the training loss is: the two are not compared then.
     """
     evaluated = with_training_loss(metrics)
     if len(evaluated) < 2:
@@ -37,7 +38,7 @@ def verdict(metrics: list[dict[str, Any]], epochs: float, resume: str) -> str:
             f"The run read only {epochs:.0%} of its text: too little to say where it would end."
             f" Train on with: {resume} --minutes 5"
         )
-    if train < 0.7 * final:
+    if not mixed and train < 0.7 * final:
         return (
             f"Converged, with a training loss of {train:.3f} far below the held-out {final:.3f}: the model knows its"
             " text better than the language. More text or more --model.dropout help, more steps will not."

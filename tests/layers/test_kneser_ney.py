@@ -90,6 +90,23 @@ def test_what_is_written_after_a_text_and_what_a_target_gets_are_the_same_probab
     assert torch.equal(longest[:, 0], whole[:, -1])
 
 
+def test_what_stood_only_at_the_beginning_of_the_text_still_has_a_next_token() -> None:
+    counted = KneserNey.count(np.array([4, 1, 2, 1, 3, 1, 2, 2, 1]), 5, 3)  # nothing ever stands before "4 1"
+    for token in range(5):
+        assert counted.distribution(torch.tensor([[token]]), 1).sum() == pytest.approx(1.0, abs=1e-12)
+    everything = torch.tensor([[4] * 5]), torch.arange(5).unsqueeze(0)
+    assert bool(counted.probability(*everything).isfinite().all())
+
+
+def test_behind_a_separator_nothing_is_known_of_what_was_before() -> None:
+    tokens = np.random.default_rng(3).integers(0, 6, 2000)
+    apart = KneserNey.restored(KneserNey.count(tokens, 6, 4).tables(), 6, separator=5)
+    first, second = torch.tensor([[1, 2, 3]]), torch.tensor([[5, 0, 2, 4]])
+    alone = apart.distribution(second, 4)
+    torch.testing.assert_close(apart.distribution(torch.cat([first, second], 1), 7)[:, 3:], alone, rtol=0, atol=0)
+    assert alone.sum(-1) == pytest.approx(np.ones((1, 4)), abs=1e-12)
+
+
 def test_it_is_restored_from_its_tables() -> None:
     tokens = np.random.default_rng(2).integers(0, 9, 500)
     counted = KneserNey.count(tokens, 9, 5)

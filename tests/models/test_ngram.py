@@ -1,5 +1,6 @@
 """The n-gram model: written with a cache as without one, documents apart, its tables sized by the text, its exports."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from quire.generation.stream import tokens
 from quire.layers.cross_entropy import IGNORED
 from quire.layers.kneser_ney import KneserNey
 from quire.layers.layer import recording
+from quire.layers.matches import Matches
 from quire.models import build_model
 from quire.models.ngram import NgramSettings
 
@@ -127,6 +129,22 @@ def test_counts_have_their_share_of_what_is_written_and_measured(counting):
     assert written(counting, cached=True) == written(counting, cached=False)
 
 
+def test_the_window_votes_for_what_it_read(model):
+    model.settings = replace(model.settings, match_length=2)
+    tokens = torch.tensor([[1, 2, 3, 5, 1, 2, 3, 5, 1, 2], [6, 6, 4, 1, 2, 7, 4, 1, 2, 7]])
+    targets = tokens.roll(-1, 1)
+    model.settings = replace(model.settings, match_length=0)
+    network = model(tokens).softmax(-1)
+    model.settings = replace(model.settings, match_length=2)
+    found = Matches.find(tokens, 10, 2)
+    expected = (network + found.of_each(network.shape[-1])) / (1 + found.all().unsqueeze(-1))
+    torch.testing.assert_close(model(tokens).exp(), expected)
+    assert model(tokens)[:, -1].argmax(-1).tolist() == [3, 4]
+    chosen = expected.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(model(tokens, targets), -chosen.log().mean())
+    assert written(model, cached=True) == written(model, cached=False)
+
+
 def test_the_network_is_trained_as_if_there_were_no_counts(counting):
     tokens, targets = torch.tensor([[1, 2, 3, 5]]), torch.tensor([[2, 3, 5, 1]])
     with recording(counting):
@@ -161,6 +179,7 @@ def test_a_run_keeps_its_counts_and_refuses_damaged_ones(desk: Path, quire_comma
     [
         ({"count_order": -1}, "count-order"),
         ({"count_share": 1.0}, "count-share"),
+        ({"match_length": -1}, "match-length"),
         ({"ngram_orders": (1, 2)}, "from 2 to 32"),
         ({"ngram_orders": (3, 3)}, "different"),
         ({"ngram_rows": -1}, "ngram-rows"),
