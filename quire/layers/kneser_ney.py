@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 COUNTS_OF_COUNTS = 4  # how many n-grams were seen once, twice, three times, four times: the discounts follow
-FEW = 0.5  # the discount where those are none, as for the characters of a long text
+FEW = 0.5  # the discount where any of them is zero, as for the characters of a long text
 
 
 @dataclass(frozen=True)
 class Order:
     """The n-grams of one order: `keys` (G), sorted, are context x V + token; `counts` (G) how often each was seen.
 
-    What follows from these has one entry more, at the end: there -1 finds what holds of all that was never seen.
+    The tensors below have one entry more, the last, so that the index -1 finds what holds of all that was never seen.
     """
 
     keys: Tensor
@@ -176,7 +176,7 @@ def _counted(tokens: np.ndarray, vocabulary_size: int, order: int) -> Iterator[G
     """The n-grams of each order; of one after the other the continuations are known when the next one is."""
     assert len(tokens) >= order, "there is something to count"
     tokens = np.asarray(tokens, dtype=np.int64)
-    numbers = np.zeros(len(tokens), dtype=np.int64)  # of the n-gram that begins at each place; first n is 0
+    numbers = np.zeros(len(tokens), dtype=np.int64)  # of the n-gram that begins at each place: first the empty one's
     shorter: Grams | None = None
     for n in range(1, order + 1):
         pairs = numbers[: len(tokens) - n + 1] * vocabulary_size + tokens[n - 1 :]

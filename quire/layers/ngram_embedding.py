@@ -20,8 +20,9 @@ from quire.layers.layer import Layer, add_grad
 
 # The hash of symbols s_0 (the token itself), s_1 (the one before) ... is h <- (h + s) A mod P, from h = 0: a polynomial
 # in A (Karp and Rabin 1987). Every number is below 2^62, so that any language with 64-bit integers computes the same.
-# Small changes that cancel out (sum of d_i A^i = 0 mod P) are what the spectral test of random generators measures: A
-# is the multiplier that Fishman and Moore (1986) found best among all for this prime.
+# How small the changes d_i of symbols may be that leave the hash as it is (sum of d_i A^i = 0 mod P) is what the
+# spectral test of random generators measures: A is the multiplier that Fishman and Moore (1986) found best among all
+# for this prime.
 PRIME = 2**31 - 1
 MULTIPLIER = 742938285
 
@@ -90,7 +91,7 @@ class NgramEmbedding(Layer):
             if back + 1 in self.orders:
                 number = self.orders.index(back + 1)
                 rows, start = self.rows[number], self.starts[number]
-                # A hash is below 2^31: its share of that range, of the rows.
+                # hash / 2^31 of the way through the table.
                 row = exact if rows == self.symbols ** (back + 1) else hashed * rows >> 31
                 places.append(row + start)
         return torch.stack(places, -1)

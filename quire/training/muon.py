@@ -13,8 +13,8 @@ from torch import Tensor
 
 from quire.training.eager import Eager
 
-# The quintic p(s) = a s + b s^3 + c s^5 of Jordan et al.: five rounds bring singular values from about 0.01 to 1 near
-# 1, and lift smaller ones.
+# The quintic p(s) = a s + b s^3 + c s^5 of Jordan et al.: five rounds bring singular values between about 0.01 and 1
+# near 1, and lift smaller ones.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -39,7 +39,8 @@ class Muon(Eager):
     """Muon with Nesterov momentum and decoupled weight decay, for parameters that are matrices.
 
     The step is scaled by 0.2 * sqrt(max(rows, columns)), which gives it the size of an AdamW step (Liu et al. 2025),
-    so that one learning rate serves both. Equal to torch.optim.Muon(adjust_lr_fn="match_rms_adamw") in bfloat16.
+    so that learning rates of one size serve both. Equal to torch.optim.Muon(adjust_lr_fn="match_rms_adamw") in
+    bfloat16.
     """
 
     def __init__(
