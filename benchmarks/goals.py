@@ -181,7 +181,7 @@ def figure(values: list[float]) -> dict[str, Any]:
 SHORT = (0.1, 0.125, 0.15, 0.175, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.75, 1.0, 1.5)
 MIDDLE = (0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 UP_TO_AN_HOUR = (3.0, 4.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0)
-LONGEST = (8.0, 30.0)
+LONGEST = (4.0, 12.0)
 
 ROWS = {
     "nanogpt": Row(peer, [], "1.898 in 116 s, as measured elsewhere", lambda found: True),
