@@ -9,21 +9,11 @@ from tyro.conf import FlagConversionOff, OmitArgPrefixes
 from quire.cli.flags import Switch
 from quire.cli.models import amount
 from quire.cli.runs import size
-from quire.cli.train import (
-    EXPORTABLE,
-    FASTEST,
-    Preset,
-    StagedSettings,
-    TextSettings,
-    arguments,
-    family,
-    settings_of,
-    threads,
-)
+from quire.cli.train import Preset, StagedSettings, TextSettings, arguments, settings_of, threads, wanted_family
 from quire.config import Table
 from quire.models import ModelSettings
 from quire.planning.plan import Plan, planned
-from quire.planning.recipes import FAMILIES, Prediction
+from quire.planning.recipes import EXPORTABLE, FAMILIES, FASTEST, Prediction
 from quire.training.settings import Settings
 
 
@@ -36,7 +26,7 @@ class Arguments:
 
     preset: Preset = "default"  # where the settings start from; without it, what the planner chooses
     config: str = ""  # a TOML file over the preset, for example another run's config.toml
-    fastest: Switch = False  # a recipe with n-grams beside the network: a lower loss; no other program can load it
+    fastest: Switch = False  # a recipe with n-grams beside the network: usually a lower loss; only Quire can load it
     json: Switch = False  # print one JSON object on standard output
     training: OmitArgPrefixes[StagedSettings] = field(default_factory=StagedSettings)
     data: OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
@@ -46,7 +36,7 @@ class Arguments:
 def run(words: list[str]) -> int:
     """Plan, and print it."""
     given = arguments(Arguments, words, "plan")
-    wanted = family(words, given)
+    wanted = wanted_family(words, given)
 
     def build(recipe: Table) -> Settings:
         return settings_of(arguments(Arguments, words, "plan", recipe))
@@ -63,6 +53,7 @@ def told(plan: Plan) -> list[str]:
     rate = f"{plan.learning_rate:g}"
     if plan.matrix_learning_rate is not None:
         rate += f" ({plan.matrix_learning_rate:g} for matrices)"
+    measured = "measured uncompiled" if plan.device.startswith("cuda") else "measured"
     lines = [
         row("text", f"{plan.text}: {size(plan.bytes)} to train on; counting alone gives {best:.3f} bits per byte"),
         row("tokenizer", f"{plan.tokenizer}, vocabulary {plan.vocabulary_size:,}"),
@@ -71,7 +62,7 @@ def told(plan: Plan) -> list[str]:
         row("training", f"batch {plan.batch_size}, learning rate {rate}, {plan.steps:,} steps, {epochs(plan)}"),
         row("arithmetic", f"{amount(plan.flops_per_token)} operations a token, forward and backward"),
         row("memory", f"{total(plan.memory, size)}; there is {size(plan.memory_limit) if plan.memory_limit else '?'}"),
-        row("speed", f"{1000 * plan.step_seconds:.3g} ms a step on {plan.device}, {threads(plan.threads)}, measured"),
+        row("speed", f"{1000 * plan.step_seconds:.3g} ms a step on {plan.device}, {threads(plan.threads)}, {measured}"),
         row("time", f"{plan.seconds / 60:.3g} minutes, from start to exit"),
         row("expected", expected(plan.prediction)),
     ]

@@ -12,18 +12,15 @@ from quire.cli.flags import Switch, Texts, parse, value_of
 from quire.cli.main import BEGAN
 from quire.config import PRESETS, Table, merged
 from quire.data.reading import DataSettings
-from quire.errors import UserError
 from quire.models import ModelSettings
 from quire.planning.plan import Chosen, follow
-from quire.planning.recipes import FAMILIES
+from quire.planning.recipes import EXPORTABLE, FAMILIES, FASTEST, family
 from quire.progress import say
 from quire.run import refuse_existing
 from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
 from quire.training.train import train_run
 
 T = TypeVar("T")
-
-EXPORTABLE, FASTEST = "modern", "ngram"  # the families of recipes
 
 Stages = Annotated[tuple[str, ...], tyro.conf.arg(metavar="STAGE ...", help_behavior_hint="")]
 Preset = Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(PRESETS)}}}")]
@@ -50,7 +47,7 @@ class Arguments:
     run: str = ""  # the run directory; without it runs/NAME after the first text
     preset: Preset = "default"  # where the settings start from; without it, under --minutes, what the planner chooses
     config: str = ""  # a TOML file over the preset, for example another run's config.toml
-    fastest: Switch = False  # a recipe with n-grams beside the network: a lower loss; no other program can load it
+    fastest: Switch = False  # a recipe with n-grams beside the network: usually a lower loss; only Quire can load it
     json: Switch = False  # print one JSON object on standard output at the end, and nothing else there
     training: OmitArgPrefixes[StagedSettings] = field(default_factory=StagedSettings)
     data: OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
@@ -62,14 +59,15 @@ def run(words: list[str]) -> int:
     given = arguments(Arguments, words, "train")
     settings, loaded = settings_of(given), None
     path = Path(given.run) if given.run else None
-    if wanted := family(words, given):
+    if wanted := wanted_family(words, given):
         if path is not None:
             refuse_existing(path)
 
         def build(recipe: Table) -> Settings:
             return settings_of(arguments(Arguments, words, "train", recipe))
 
-        settings, loaded, found = follow(build, wanted, BEGAN)
+        found = follow(build, wanted, BEGAN)
+        settings, loaded = found.settings, found.loaded
         say(sentence(found, wanted))
     trained = train_run(settings, path, BEGAN, loaded)
     return show_ending(trained, given.json)
@@ -79,7 +77,7 @@ def arguments(kind: type[T], words: list[str], command: str, recipe: Table | Non
     """The flags over what stands below them: a preset, a configuration file and a recipe."""
     # What flags change is known only after the layers below them are: preset, configuration file, model kind.
     preset, config = value_of(words, "--preset") or "default", value_of(words, "--config") or ""
-    model = value_of(words, "--model.kind") or ("ngram" if "--fastest" in words else None)
+    model = value_of(words, "--model.kind") or (FASTEST if "--fastest" in words else None)
     table = layered(preset, config, merged(recipe or {}, {"model": {"kind": model}} if model else {}))
     if any(value_of(words, f"--{name}") for name in LENGTHS):  # the length given by flag is the only one
         table["training"] = {**table.get("training", {}), **dict.fromkeys(LENGTHS, 0)}
@@ -95,16 +93,10 @@ def settings_of(given: Any) -> Settings:
     return Settings(DataSettings(**vars(given.data)), given.model, TrainingSettings(**vars(given.training)))
 
 
-def family(words: list[str], given: Any) -> str:
+def wanted_family(words: list[str], given: Any) -> str:
     """The family of recipes to choose from; "" where something but the time says what to train."""
-    named = next((flag for flag in ("--preset", "--config", "--model.kind") if value_of(words, flag)), None)
-    if given.fastest:
-        if named:
-            raise UserError(f"--fastest chooses a recipe, and {named} names another. Leave one of them out.")
-        return FASTEST
-    training = given.training
-    other = named or given.data.pairs or training.decisions or not training.minutes
-    return "" if other else EXPORTABLE
+    named = next((flag for flag in ("--preset", "--config", "--model.kind") if value_of(words, flag)), "")
+    return family(named, given.fastest, given.training, given.data)
 
 
 def sentence(found: Chosen, wanted: str) -> str:
@@ -119,7 +111,7 @@ def sentence(found: Chosen, wanted: str) -> str:
     if found.speed:
         lines.append(f"Measured: {1000 * found.speed.step_seconds:.0f} ms a step with {threads(found.speed.threads)}.")
     if wanted == EXPORTABLE:
-        lines.append("With --fastest it would have n-grams beside it: a lower loss, for a model that only Quire loads.")
+        lines.append("With --fastest it would have n-grams beside it: usually a lower loss, but only Quire loads it.")
     return "\n".join(lines)
 
 

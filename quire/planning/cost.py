@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from quire.inspection.size import FLOAT, size_of
+from quire.layers.head_loss import GPU_LOGITS, LOGITS, WORTH_IT
 from quire.models import ModelSettings
 from quire.run import empty_model
 from quire.training.optimizers import OPTIMIZERS
@@ -17,7 +18,8 @@ from quire.training.settings import Settings, TrainingSettings
 
 PARTS = {"embedding": "embeddings", "positions": "embeddings", "head": "output head", "attention": "attention",
          "feedforward": "feedforward", "norm": "norms"}  # fmt: skip
-MOMENTS = {"AdamW": 2, "Adam": 2, "Muon": 1, "SGD": 1}  # numbers that an optimizer keeps of each parameter
+MOMENTS = {"AdamW": 2, "Adam": 2, "Muon": 1, "SGD": 1}  # numbers that an optimizer keeps of each parameter; see moments
+CPU = torch.device("cpu")
 TABLES = "RowAdagrad"  # keeps one for each row
 
 
@@ -40,22 +42,27 @@ class Cost:
         return sum(self.memory.values())
 
 
-def cost_of(settings: Settings) -> Cost:
+def cost_of(settings: Settings, device: torch.device = CPU) -> Cost:
     """The cost of training with these settings, in float32; the vocabulary size must be known."""
     shape, training = settings.model, settings.training
     size = size_of(shape)
     parameters, rows, kept = counted(shape, training)
     tables = parameters.get("n-gram tables", 0)
-    numbers = training.batch_size * shape.context_length * shape.vocabulary_size
-    windows = size.recomputed_window_bytes if training.gradient_checkpointing else size.window_bytes
-    logits = FLOAT * numbers
+    logits = training.batch_size * shape.context_length * shape.vocabulary_size
+    each = size.recomputed_window_bytes if training.gradient_checkpointing else size.window_bytes
+    windows = training.batch_size * each
+    if shape.vocabulary_size >= WORTH_IT:  # HeadLoss: never all of them at once, and nothing of them is kept
+        logits = min(logits, LOGITS if device.type == "cpu" else GPU_LOGITS)
+    else:
+        windows = max(0, windows - FLOAT * logits)
+        logits *= 2  # and their gradient
     weights = sum(parameters.values()) - tables
     memory = {
         "weights": FLOAT * weights,
         "gradients": FLOAT * weights,
         "optimizer": FLOAT * kept,
-        "activations": max(0, training.batch_size * windows - logits),
-        "logits": 2 * logits,  # and their gradient
+        "activations": windows,
+        "logits": FLOAT * logits,
         "n-gram tables": FLOAT * (tables + rows),
     }
     flops = 3 * size.flops_per_token
@@ -70,7 +77,7 @@ def counted(shape: ModelSettings, training: TrainingSettings) -> tuple[dict[str,
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        model = empty_model(shape, torch.device("cpu"))
+        model = empty_model(shape, CPU)
         parts: dict[str, int] = {}
         for name, parameter in model.named_parameters():
             where = part_of(name)
@@ -81,8 +88,16 @@ def counted(shape: ModelSettings, training: TrainingSettings) -> tuple[dict[str,
             if type(optimizer).__name__ == TABLES:
                 rows += sum(len(parameter) for parameter in own)
             else:
-                kept += MOMENTS.get(type(optimizer).__name__, 2) * numbers_in(own)
+                kept += moments(optimizer) * numbers_in(own)
     return parts, rows, kept
+
+
+def moments(optimizer: torch.optim.Optimizer) -> int:
+    """How many numbers an optimizer keeps of each of its parameters."""
+    name = type(optimizer).__name__
+    assert name in MOMENTS, f"what {name} keeps is known"
+    without = name == "SGD" and not optimizer.param_groups[0]["momentum"]
+    return 0 if without else MOMENTS[name]
 
 
 def numbers_in(parameters: Iterable[torch.Tensor]) -> int:

@@ -11,25 +11,29 @@ import torch
 
 from quire.data.prepare import Prepared
 from quire.devices import memory_bytes
+from quire.evaluation.loss import GPU_TOKENS
 from quire.run import Run
 from quire.training.loop import Trainer
 from quire.training.settings import Settings
 from quire.training.threads import Reading, judged, measured_threads, reading, thread_candidates
 from quire.training.train import describe
 
-HELD_OUT = 1 << 10  # tokens that the measured model would be evaluated on: it never is
+HELD_OUT = 1 << 10  # tokens that the model is evaluated on, on a CPU; on a GPU one whole batch of them
+COUNTED = 1 << 17  # tokens that are counted for it, where the model takes counts
 STEPS = 3  # measured at least, after one that warms up, where there is one number of threads to try
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a training step takes, in wall seconds, with so many threads; a sentence where other programs compute too.
+    """What a training step takes, in wall seconds, with so many threads, and measuring the whole held-out text; a
+    sentence where other programs compute too.
 
     `cpu_seconds` are those of a step of one thread, None where more were tried.
     """
 
     threads: int
     step_seconds: float
+    evaluation_seconds: float = 0.0
     contention: str | None = None
     cpu_seconds: float | None = None
 
@@ -37,7 +41,8 @@ class Speed:
 def measured(settings: Settings, prepared: Prepared, device: torch.device, seconds: float, threads: int = 0) -> Speed:
     """The speed of training with so many `threads`, 0: with the number that is fastest; takes about `seconds`.
 
-    Trains on the text in a folder that is deleted; random generators and torch's threads are left as they were.
+    Trains on the text in a folder that is deleted; random generators and torch's threads are left as they were. Nothing
+    is compiled. An evaluation is that of the held-out text's beginning, times the rest of it.
     """
     before, first = torch.get_num_threads(), reading()
     lengths = {"steps": 1_000_000, "epochs": 0.0, "tokens": 0, "minutes": 0.0}
@@ -47,20 +52,26 @@ def measured(settings: Settings, prepared: Prepared, device: torch.device, secon
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), tempfile.TemporaryDirectory() as folder:
         manifest = describe(settings, prepared, [], device)
-        held_out = prepared.validation[:HELD_OUT]
-        run = Run.create(Path(folder) / "run", settings.tables(), prepared.tokenizer, manifest, held_out, {})
+        held_out = prepared.validation[: HELD_OUT if device.type == "cpu" else GPU_TOKENS]
+        counts = settings.model.count(prepared.training[max(0, len(prepared.training) - COUNTED) :])
+        run = Run.create(
+            Path(folder) / "run", settings.tables(), prepared.tokenizer, manifest, held_out, {}, counts=counts
+        )
         trainer = Trainer(run, training, prepared.training, device, time.time())
         trainer.begin()
         trainer.wrap_model()
+        speed = None
         if not threads and device.type == "cpu":
             found = measured_threads(trainer.update, thread_candidates(), seconds)
             threads = found.threads
-            if found.seconds:
-                return Speed(threads, found.seconds[threads], contention(first))
+            speed = Speed(threads, found.seconds[threads]) if found.seconds else None
         torch.set_num_threads(threads or before)
-        speed = timed(trainer, seconds)
+        speed = speed or timed(trainer, seconds)
+        evaluation = 0.0
+        if len(held_out) > 1:  # else planning/measure.py refuses it
+            evaluation = trainer.foreseen_evaluation() * len(prepared.validation) / len(held_out)
         torch.set_num_threads(before)
-    return replace(speed, contention=contention(first))
+    return replace(speed, evaluation_seconds=evaluation, contention=contention(first))
 
 
 def timed(trainer: Trainer, seconds: float) -> Speed:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from quire.data.prepare import Prepared
+from quire.errors import UserError
 from quire.layers.kneser_ney import kneser_ney
 
 ORDERS = (2, 3, 4, 5, 6)  # of the counted n-grams, in characters
 COUNTED, HELD_OUT = 1_000_000, 100_000  # characters that are counted at most, and that are predicted from them
+FEWEST_BITS = 1e-3  # per byte; a text that repeats itself costs none, which has no logarithm
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,29 @@ class Measure:
 
 
 def measure(prepared: Prepared) -> Measure:
-    """The measure of a prepared text: of a long one the part before what is held out is counted."""
+    """The measure of a prepared text: of a long one the part before what is held out is counted.
+
+    Raises UserError where there is too little to count, or nothing that is held out.
+    """
     each = prepared.report["characters"] / max(1, prepared.report["tokens"])  # characters a token
     learned = text(prepared, prepared.training, -math.ceil(COUNTED / each))[-COUNTED:]
     held_out = text(prepared, prepared.validation, math.ceil(HELD_OUT / each))[:HELD_OUT]
+    if len(learned) < max(ORDERS):
+        raise UserError(
+            f"The training text has {len(learned)} characters: too few to foretell anything from."
+            f" Give a text of at least {max(ORDERS)}; some hundred say more."
+        )
+    if not held_out:
+        raise UserError(
+            "Nothing of the held-out text is left that the tokenizer knows: no loss can be measured on it."
+            " Give another --validation FILE, or another --tokenizer."
+        )
     points = np.frombuffer((learned + held_out).encode("utf-32-le"), dtype="<u4")
     characters, numbers = np.unique(points, return_inverse=True)
     nats = kneser_ney(numbers[: len(learned)], numbers[len(learned) :], len(characters), max(ORDERS))
     size = len(held_out.encode())
     bits = nats[np.array(ORDERS) - 1] * len(held_out) / math.log(2) / size
+    bits = bits.clip(min=FEWEST_BITS)
     share = 1 - prepared.report["held_out"]
     total = round(prepared.report["characters"] * share)
     return Measure(round(total * size / len(held_out)), total, len(characters), tuple(float(value) for value in bits))

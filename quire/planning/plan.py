@@ -3,7 +3,7 @@
 Chosen by the table of recipes, measured on real steps of the model chosen, predicted by what the sweep came to.
 """
 
-import sys
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,22 +13,22 @@ import torch
 
 from quire.config import Table, merged, to_table
 from quire.data.prepare import Prepared
-from quire.data.spool import Corpus
 from quire.devices import choose_device, usable_cores
 from quire.errors import UserError
 from quire.planning.cost import Cost, cost_of
 from quire.planning.machine import Speed, measured, memory_limit
 from quire.planning.measure import Measure, measure
-from quire.planning.recipes import Prediction, chosen, predicted, table
-from quire.training.clock import EVALUATION_SHARE, EVALUATIONS, EXIT_SECONDS
-from quire.training.settings import LENGTHS, Settings, layered, typed
-from quire.training.texts import prepared_from, read_texts
-from quire.training.train import DEFAULT_CORPUS, Loaded, fitted
+from quire.planning.recipes import EXPORTABLE, FASTEST, Prediction, chosen, family, predicted, table
+from quire.training.clock import BESIDE_SECONDS, EVALUATIONS, EXIT_SECONDS, evaluations
+from quire.training.curriculum import shortened
+from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
+from quire.training.texts import given_text, prepared_from, read_texts
+from quire.training.train import Loaded, check_pairs, fitted
 
 MINUTES = 2.5  # where nothing says how long
 MEASURING_SECONDS, MEASURING_SHARE = 3.0, 0.03  # steps are measured for so long, or for this share of the time
-UNMEASURED_MINUTES = 1.0  # below, a training that follows the plan measures nothing
-START_SECONDS, SAMPLE_SECONDS = 3.0, 0.5  # until the first step; to write a sample at each evaluation
+UNMEASURED_MINUTES = 1.0  # below, a training that follows the plan measures nothing, and the table decides alone
+START_SECONDS = 3.0  # until the first step
 LARGE_STEP = 1e11  # arithmetic of a step from which a part of it is measured, and the whole follows
 PROGRAM_BYTES = 350_000_000  # of the process itself, with torch
 LONGER, GPU = 10, 20  # what-ifs: times the time; times the speed, a GPU beside a few cores on models so small
@@ -36,10 +36,10 @@ LONGER, GPU = 10, 20  # what-ifs: times the time; times the speed, a GPU beside 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Settings fitted to a text, the text prepared, and what was measured; `recipe` is "" where it is none's."""
+    """Settings fitted to a text, the text itself, and what was measured; `recipe` is "" where it is none's."""
 
     settings: Settings
-    prepared: Prepared
+    loaded: Loaded
     recipe: str
     speed: Speed | None
 
@@ -94,13 +94,15 @@ def plan(
     length = {"minutes": minutes} if minutes else {}
     text = {"text": list(texts)} if texts else {}
     flags = {"model": model or {}, "data": {**(data or {}), **text}, "training": {**training, **length}}
+    kind = flags["model"].get("kind")
+    named = f"preset {preset}" if preset else f"model kind {kind}" if kind else ""
+    base: Table = {"model": {"kind": FASTEST}} if fastest and not named else {}
 
     def build(recipe: Table) -> Settings:
-        return typed(layered(preset or "default", flags=merged(recipe, flags)))
+        return typed(layered(preset or "default", flags=merged(merged(base, recipe), flags)))
 
-    if fastest and preset:
-        raise UserError(f"fastest chooses a recipe, and so does preset {preset!r}. Give one of them.")
-    return planned(build, "" if preset else "ngram" if fastest else "modern")
+    first = build({})
+    return planned(build, family(named, fastest, first.training, first.data))
 
 
 def planned(build: Callable[[Table], Settings], wanted: str) -> Plan:
@@ -108,43 +110,22 @@ def planned(build: Callable[[Table], Settings], wanted: str) -> Plan:
     first = build({})
     if first.data.pairs or first.model.reads_source:
         raise UserError("A plan is for a text: models of pairs are not measured. Give a TEXT, or leave out --pairs.")
-    device, piped = choose_device(first.training.device), standard_input(first)
-    corpus, held_out = read_texts(with_text(first), piped)
-    try:
-        seconds = 60 * (first.training.minutes or (0 if length_of(first) else MINUTES))
-        found = choose(build, wanted, seconds, corpus, held_out, device, MEASURING_SECONDS)
-        return summed_up(found, wanted, seconds, device)
-    finally:
-        corpus.close()
+    device = choose_device(first.training.device)
+    found = choose(build, first, wanted, device)
+    seconds = 0.0 if length_of(first) else minutes_of(first) * 60
+    return summed_up(found, wanted, seconds, device)
 
 
-def follow(build: Callable[[Table], Settings], wanted: str, began: float) -> tuple[Settings, Loaded, Chosen]:
-    """The settings of the recipe that suits text, machine and time, for a training that began at `began`."""
+def follow(build: Callable[[Table], Settings], wanted: str, began: float) -> Chosen:
+    """The recipe that suits text, machine and time, for a training that `began` at that time."""
     first = build({})
-    device, piped = choose_device(first.training.device), standard_input(first)
-    corpus, held_out = read_texts(with_text(first), piped)
-    minutes = first.training.minutes or MINUTES
-    try:
-        left = max(1.0, 60 * minutes - (time.time() - began))
-        brief = minutes < UNMEASURED_MINUTES or length_of(first)
-        measuring = 0.0 if brief else min(MEASURING_SECONDS, MEASURING_SHARE * left)
-        found = choose(build, wanted, left, corpus, held_out, device, measuring)
-    finally:
-        corpus.close()
-    settings = found.settings
-    if found.speed and device.type == "cpu":  # then training need not try them again
-        settings = replace(settings, training=replace(settings.training, threads=found.speed.threads))
-    return settings, Loaded(found.prepared, corpus.origins, piped), found
-
-
-def with_text(settings: Settings) -> Settings:
-    """The settings with the built-in corpus where they name no text."""
-    return replace(settings, data=replace(settings.data, text=settings.data.named or (DEFAULT_CORPUS,)))
-
-
-def standard_input(settings: Settings) -> bytes | None:
-    """What was piped in, if a text is called "-"."""
-    return sys.stdin.buffer.read() if "-" in settings.data.named else None
+    check_pairs(first)
+    device = choose_device(first.training.device)
+    found = choose(build, first, wanted, device, began)
+    if found.speed is None or device.type != "cpu":
+        return found
+    training = replace(found.settings.training, threads=found.speed.threads)  # training need not try them again
+    return replace(found, settings=replace(found.settings, training=training))
 
 
 def length_of(settings: Settings) -> bool:
@@ -152,43 +133,67 @@ def length_of(settings: Settings) -> bool:
     return any(getattr(settings.training, name) for name in LENGTHS if name != "minutes")
 
 
+def minutes_of(settings: Settings) -> float:
+    """The minutes that a recipe is chosen for: those given, whatever of them is spent already."""
+    return settings.training.minutes or MINUTES
+
+
 def choose(
-    build: Callable[[Table], Settings],
-    wanted: str,
-    seconds: float,
-    corpus: Corpus,
-    held_out: Corpus | None,
-    device: torch.device,
-    measuring: float,
+    build: Callable[[Table], Settings], first: Settings, wanted: str, device: torch.device, began: float | None = None
 ) -> Chosen:
-    """The recipe for what this machine does in the time: by the speed of the table's, then by the speed measured."""
-    size, power, recipe, speed = corpus.documents.sizes[0], 1.0, "", None
-    for _ in range(2):
-        recipe = chosen(wanted, seconds * power, size) if wanted else ""
-        settings, prepared = prepared_from(build(table()["recipes"].get(recipe, {})), corpus, held_out)
-        own = bool(recipe) and holds(settings, recipe)
-        settings, prepared = fitted(settings, prepared)
-        if not measuring and own:  # no time for it: what the table has for so short a time fits anywhere
-            break
-        cost = cost_of(settings)
-        refuse_too_large(cost, settings, device)
-        if not measuring:
-            break
-        speed = measured_step(settings, prepared, cost, device, measuring)
-        reference = table()["step_seconds"].get(recipe)
-        if not reference:
-            break
-        power = reference / speed.step_seconds
-        if chosen(wanted, seconds * power, size) == recipe:
-            break
-    return Chosen(settings, prepared, recipe if own else "", speed)
+    """The recipe for what this machine does in the minutes: by the speed of the table's, then by the speed measured.
+
+    In short trainings, and those whose length is not in minutes, the table decides alone. A plan measures all the
+    same; a training, which `began` at that time, only otherwise, and for a share of the time that is left. `first` is
+    what `build` makes of no recipe.
+    """
+    first, piped = given_text(first)
+    corpus, held_out = read_texts(first, piped)
+    try:
+        size, power, seconds, speed = corpus.documents.sizes[0], 1.0, 60 * minutes_of(first), None
+        by_table = length_of(first) or minutes_of(first) < UNMEASURED_MINUTES
+        measuring = MEASURING_SECONDS
+        if began is not None:
+            left = 0.0 if by_table else max(0.0, seconds - (time.time() - began))
+            measuring = min(measuring, MEASURING_SHARE * left)
+        for last in (by_table, True):
+            recipe = chosen(wanted, seconds * power, size) if wanted else ""
+            settings = within_context(replace(build(table()["recipes"].get(recipe, {})), data=first.data), recipe)
+            own = bool(recipe) and holds(settings, recipe)
+            settings, prepared = fitted(*prepared_from(settings, corpus, held_out))
+            if not measuring and own:  # no time for it: what the table has for so short a time fits anywhere
+                break
+            cost = cost_of(settings, device)
+            refuse_too_large(cost, settings, device)
+            if not measuring:
+                break
+            speed = measured_step(settings, prepared, cost, device, measuring)
+            reference = table()["step_seconds"].get(recipe) if own else None
+            if last or not reference:  # another model's steps say nothing of a recipe's
+                break
+            power = reference / speed.step_seconds
+            if chosen(wanted, seconds * power, size) == recipe:
+                break
+    finally:
+        corpus.close()
+    return Chosen(settings, Loaded(prepared, corpus.origins, piped), recipe if own else "", speed)
+
+
+def within_context(settings: Settings, recipe: str) -> Settings:
+    """The settings, a recipe's windows in them no longer than the context, which a flag may have shortened."""
+    own, training = table()["recipes"].get(recipe, {}).get("training", {}), settings.training
+    if not recipe or list(training.curriculum) != own.get("curriculum"):
+        return settings
+    stages = shortened(training.curriculum, settings.model.context_length)
+    return replace(settings, training=replace(training, curriculum=stages))
 
 
 def holds(settings: Settings, recipe: str) -> bool:
-    """Whether the settings are still those of the recipe, whatever flags went over it."""
-    wanted = table()["recipes"][recipe]
+    """Whether the settings are still those of the recipe over the default preset, whatever flags went over it."""
+    wanted = layered("default", flags=table()["recipes"][recipe])
     parts = {"model": to_table(settings.model), "training": to_table(settings.training)}
-    return all(parts[part][name] == value for part in parts for name, value in wanted[part].items())
+    named = ((part, name, value) for part in parts for name, value in wanted[part].items() if name not in LENGTHS)
+    return all(parts[part][name] == value for part, name, value in named)
 
 
 def measured_step(settings: Settings, prepared: Prepared, cost: Cost, device: torch.device, seconds: float) -> Speed:
@@ -198,9 +203,8 @@ def measured_step(settings: Settings, prepared: Prepared, cost: Cost, device: to
     if device.type == "cuda" or cost.flops_per_token * windows * settings.model.context_length < LARGE_STEP:
         return measured(settings, prepared, device, seconds, training.threads)
     context = min(settings.model.context_length, 256)
-    small = replace(
-        settings.with_model(context_length=context), training=replace(training, batch_size=1, accumulation_steps=1)
-    )
+    part = replace(training, batch_size=1, accumulation_steps=1, curriculum=shortened(training.curriculum, context))
+    small = replace(settings.with_model(context_length=context), training=part)
     speed = measured(small, prepared, device, 0.0, training.threads or usable_cores())
     return replace(speed, step_seconds=windows * settings.model.context_length / context * speed.step_seconds)
 
@@ -221,21 +225,21 @@ def refuse_too_large(cost: Cost, settings: Settings, device: torch.device) -> No
 
 def summed_up(found: Chosen, wanted: str, seconds: float, device: torch.device) -> Plan:
     """The plan's numbers: steps from the time and what a step takes, and the bits per byte that those come to."""
-    settings, prepared = found.settings, found.prepared
-    shape, training, cost = settings.model, settings.training, cost_of(settings)
+    settings, prepared = found.settings, found.loaded.prepared
+    shape, training, cost = settings.model, settings.training, cost_of(settings, device)
     speed = found.speed
     assert speed is not None, "what is planned was measured"
     per_step = training.batch_size * training.accumulation_steps * shape.context_length
-    each, count = evaluations(settings, prepared, speed.step_seconds, seconds)
     steps = steps_of(settings, prepared, per_step)
+    evaluating = seconds_evaluating(training, speed, seconds, steps)
     if not steps:
-        steps = max(1, int((seconds - START_SECONDS - EXIT_SECONDS - count * each) / speed.step_seconds))
+        steps = max(1, int((seconds - START_SECONDS - EXIT_SECONDS - evaluating) / speed.step_seconds))
     text = measure(prepared)
     core_seconds = steps * table()["step_seconds"].get(found.recipe, 0.0)
     what_if = WhatIf(text, core_seconds, wanted)
     names = ("layers", "embedding_size", "heads", "feedforward_size", "hidden_size")
     return Plan(
-        text=", ".join(with_text(settings).data.named[:3]),
+        text=", ".join(settings.data.named[:3]),
         bytes=text.bytes,
         counted=[round(bits, 4) for bits in text.counted],
         recipe=found.recipe,
@@ -258,11 +262,11 @@ def summed_up(found: Chosen, wanted: str, seconds: float, device: torch.device) 
         threads=speed.threads,
         step_seconds=round(speed.step_seconds, 6),
         contention=speed.contention,
-        seconds=round(seconds or START_SECONDS + EXIT_SECONDS + steps * speed.step_seconds + count * each, 1),
+        seconds=round(seconds or START_SECONDS + EXIT_SECONDS + steps * speed.step_seconds + evaluating, 1),
         prediction=predicted(wanted, core_seconds, text.bytes, list(text.counted)),
         longer=what_if.at(LONGER),
         gpu=what_if.at(GPU) if device.type == "cpu" else None,
-        fastest=what_if.fastest() if wanted == "modern" else None,
+        fastest=what_if.fastest() if wanted == EXPORTABLE else None,
     )
 
 
@@ -273,13 +277,16 @@ def steps_of(settings: Settings, prepared: Prepared, per_step: int) -> int:
     return training.steps or -int(-tokens // per_step)
 
 
-def evaluations(settings: Settings, prepared: Prepared, step_seconds: float, seconds: float) -> tuple[float, int]:
-    """What an evaluation with its sample takes, and how many there are, as training/clock.py decides it."""
-    training = settings.training
-    per_step = training.batch_size * training.accumulation_steps * settings.model.context_length
-    each = 1.2 * len(prepared.validation) / 3 / per_step * step_seconds
-    each += SAMPLE_SECONDS if training.sample_tokens else 0.0
-    return each, max(1, min(EVALUATIONS, int(EVALUATION_SHARE * seconds / each))) if seconds else EVALUATIONS
+def seconds_evaluating(training: TrainingSettings, speed: Speed, seconds: float, steps: int) -> float:
+    """What all evaluations of a run of so many seconds take together; of 0, of so many steps.
+
+    Each measures the held-out text, which was measured here on its beginning, and takes as long beside that as
+    training/clock.py assumes before it knows better: for sample, plot and saving, in a run of a minute or more the
+    seconds of one of a minute. How many there are follows the clock's rule; by steps, at each interval and at the end.
+    """
+    each = speed.evaluation_seconds + BESIDE_SECONDS * min(1.0, seconds / 60 if seconds else 1.0)
+    interval = training.evaluation_interval or max(10, math.ceil(steps / EVALUATIONS))
+    return each * (evaluations(seconds, each) if seconds else math.ceil(steps / interval))
 
 
 @dataclass(frozen=True)
@@ -300,4 +307,4 @@ class WhatIf:
 
     def fastest(self) -> dict[str, Any] | None:
         """The same time with n-grams beside the network."""
-        return self.at(1, "ngram")
+        return self.at(1, FASTEST)

@@ -14,9 +14,13 @@ from typing import Any
 import numpy as np
 
 from quire.config import Table
+from quire.data.reading import DataSettings
+from quire.errors import UserError
+from quire.training.settings import TrainingSettings
 
 TABLE = Path(__file__).with_name("recipes.json")
-FAMILIES = {"modern": "a pure Transformer", "ngram": "a Transformer with n-grams beside it"}
+EXPORTABLE, FASTEST = "modern", "ngram"  # the families of recipes: kinds of models
+FAMILIES = {EXPORTABLE: "a pure Transformer", FASTEST: "a Transformer with n-grams beside it"}
 OCTAVES_A_SIZE = 0.5  # how much a factor of two in the text's size counts, beside one in the time
 
 FARTHEST = 4.0  # a prediction goes no farther beyond what was measured than by this factor, and stays there
@@ -37,6 +41,26 @@ class Prediction:
 def table() -> Table:
     """recipes.json: `recipes` by name, their `step_seconds`, `choices` by time and size, `predictions` by family."""
     return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def family(named: str, fastest: bool, training: TrainingSettings, data: DataSettings) -> str:
+    """The family of recipes to choose from; "" where something but the time says what to train.
+
+    `named` is what names another recipe, as the user spells it, or "". Raises UserError where --fastest cannot be.
+    """
+    other = named or bool(data.pairs or training.decisions or not training.minutes)
+    if not fastest:
+        return "" if other else EXPORTABLE
+    if named:
+        raise UserError(f"--fastest chooses a recipe, and {named} names another. Leave one of them out.")
+    if data.pairs:
+        raise UserError(f"--fastest is for a text, and --pairs {data.pairs} is none. Leave one of them out.")
+    if training.decisions:
+        raise UserError(
+            "--fastest chooses a recipe, and --decisions repeats a run, which has its own. Leave --fastest out, and"
+            f" take the run's settings: --config RUN/config.toml --decisions {training.decisions}"
+        )
+    return FASTEST
 
 
 def chosen(family: str, core_seconds: float, size: int) -> str:

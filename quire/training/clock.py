@@ -50,6 +50,11 @@ def read_decisions(path: Path) -> dict[int, Decision]:
         raise UserError(f"{path} does not hold the decisions of a run with --minutes.") from error
 
 
+def evaluations(total_seconds: float, evaluation_seconds: float) -> int:
+    """How many evaluations, of so many seconds each, a run of `total_seconds` makes: at least the last one."""
+    return max(1, min(EVALUATIONS, int(EVALUATION_SHARE * total_seconds / max(evaluation_seconds, 1e-9))))
+
+
 class Clock:
     """Wall time since `began` (time.time() at the command's start), and the decisions made by it."""
 
@@ -122,7 +127,7 @@ class Clock:
             return Decision(state.step, 1.0, 1.0, state.step, state.step)
         if state.rate and not evaluated and state.step < state.next_decision:
             return None
-        count = max(1, min(EVALUATIONS, int(EVALUATION_SHARE * total / max(evaluation, 1e-9))))
+        count = evaluations(total, evaluation)
         target = state.progress + (state.next_evaluation - state.step) * state.rate  # of the next evaluation
         if state.rate == 0 or evaluated:
             target = state.progress + 1 / count

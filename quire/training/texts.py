@@ -1,5 +1,6 @@
 """A run's text: read and prepared when it begins, found again when it resumes."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,15 @@ from quire.tokenizers.auto import choose_for
 from quire.training.settings import Settings
 
 AUTO = "auto"  # the tokenizer that suits the text
+DEFAULT_CORPUS = "shakespeare"  # where nothing is named
 STANDARD_INPUT = "standard-input.txt"  # where a run keeps text that came by a pipe
+
+
+def given_text(settings: Settings) -> tuple[Settings, bytes | None]:
+    """The settings with the built-in corpus where they name nothing, and standard input where a text is called "-"."""
+    if not settings.data.named:
+        settings = replace(settings, data=replace(settings.data, text=(DEFAULT_CORPUS,)))
+    return settings, sys.stdin.buffer.read() if "-" in settings.data.named else None
 
 
 def load_data(settings: Settings, piped: bytes | None = None) -> tuple[Settings, Prepared, list[Table]]:

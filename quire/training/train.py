@@ -3,7 +3,6 @@
 import platform
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,11 +28,10 @@ from quire.training.clock import read_decisions
 from quire.training.curriculum import Curriculum, shortened
 from quire.training.loop import Trainer
 from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
-from quire.training.texts import STANDARD_INPUT, find_data, load_data
+from quire.training.texts import STANDARD_INPUT, find_data, given_text, load_data
 from quire.training.threads import find_threads
 from quire.training.verify import first_difference
 
-DEFAULT_CORPUS = "shakespeare"
 SHORTEST_CONTEXT = 8
 VERIFIED_STEPS = 6
 
@@ -78,20 +76,22 @@ def train_run(
     began = began or time.time()
     check_length(settings.training)
     check_pairs(settings)
-    texts = settings.data.named or (DEFAULT_CORPUS,)
-    path = path or free_path(texts[0])
-    refuse_existing(path)
+    if path is not None:
+        refuse_existing(path)
     kept = {}
     if decisions := settings.training.decisions:
         recorded = [decision.threads for decision in read_decisions(Path(decisions)).values()]
         if not settings.training.threads and any(recorded):  # the same bits need the same threads
             settings = replace(settings, training=replace(settings.training, threads=max(recorded)))
         kept["decisions.jsonl"] = Path(decisions).read_bytes()
-    piped = loaded.piped if loaded else sys.stdin.buffer.read() if "-" in texts else None
+    if loaded:
+        piped = loaded.piped
+    else:
+        settings, piped = given_text(settings)
     if piped is not None:
         kept[f"data/{STANDARD_INPUT}"] = piped
-    if not settings.data.pairs:
-        settings = replace(settings, data=replace(settings.data, text=texts))
+    texts = settings.data.named
+    path = path or free_path(texts[0])
     measure = settings.training.threads == 0
     device, threads = prepare_machine(settings.training)
     settings = replace(settings, training=replace(settings.training, threads=threads))

@@ -1,16 +1,29 @@
 """quire plan, and quire train by plan, as a person and a program see them."""
 
+import io
 import json
-from dataclasses import fields
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import quire as library
+from quire.cli.plan import told
+from quire.config import Table, merged
+from quire.errors import UserError
 from quire.planning import plan as planning
-from quire.planning.plan import Plan
-from quire.planning.recipes import table
+from quire.planning.machine import Speed
+from quire.planning.plan import Plan, follow, seconds_evaluating
+from quire.planning.recipes import FAMILIES, table
 from quire.run import Run
+from quire.training.clock import BESIDE_SECONDS
+from quire.training.settings import Settings, TrainingSettings, layered, typed
 
 TINY = ["--preset", "gpt-mini", "--model.layers", "1", "--model.embedding-size", "12", "--model.context-length", "16",
         "--batch-size", "2", "--device", "cpu"]  # fmt: skip
@@ -82,10 +95,10 @@ def test_what_cannot_fit_is_refused(desk: Path, quire) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "empty|no text"),
-        (b"short", "5 characters"),
-        (b"\0\1\2\xff" * 5000, "binary|not text"),
-        (None, "no file|not"),
+        (b"", "bad.txt is empty"),
+        (b"short", "The text has 5 characters: too short"),
+        (b"\0\1\2\xff" * 5000, "bad.txt is a binary file, not text"),
+        (None, "There is no file, folder or corpus named 'bad.txt'"),
     ],
 )
 def test_bad_texts_get_the_sentence_that_train_gives(content: bytes | None, words: str, desk: Path, quire) -> None:
@@ -93,7 +106,31 @@ def test_bad_texts_get_the_sentence_that_train_gives(content: bytes | None, word
         Path("bad.txt").write_bytes(content)
     said, trained = quire("plan", "bad.txt"), quire("train", "bad.txt", "--steps", "1")
     assert said.code == trained.code == 2
+    assert words in said.plain
     assert said.err == trained.err
+
+
+def test_a_text_that_repeats_itself_has_a_plan(desk: Path, quire) -> None:
+    Path("same.txt").write_text("a" * 50_000)
+    found = json.loads(quire("plan", "same.txt", "--minutes", "0.1", "--json").out)
+    assert all(0 < bits < 0.01 for bits in found["counted"])
+    assert found["prediction"] is None or found["prediction"]["bits_per_byte"] > 0
+
+
+def test_too_little_to_count_is_said(desk: Path, quire) -> None:
+    Path("letters").mkdir()
+    for letter in "abcde":
+        Path("letters", f"{letter}.txt").write_text(letter)
+    said = quire("plan", "letters", "--validation", "book.txt")
+    assert said.code == 2 and "The training text has 5 characters: too few" in said.plain
+
+
+@pytest.mark.parametrize(("content", "documents"), [("жщцю" * 100, "file"), ("жщцю\n" * 100, "line")])
+def test_nothing_held_out_that_the_tokenizer_knows_is_said(content: str, documents: str, desk: Path, quire) -> None:
+    Path("other.txt").write_text(content, encoding="utf-8")
+    words = ["--tokenizer", "tiny", "--unknown", "skip", "--validation", "other.txt", "--documents", documents]
+    said = quire("plan", "book.txt", *words)
+    assert said.code == 2 and "Nothing of the held-out text is left" in said.plain
 
 
 def test_training_by_minutes_follows_the_plan(desk: Path, quire) -> None:
@@ -123,3 +160,131 @@ def test_the_library_plans_too(desk: Path) -> None:
     found = library.plan("book.txt", minutes=1, model={"layers": 1}, batch_size=2)
     assert isinstance(found, Plan) and found.model["layers"] == 1 and found.batch_size == 2
     assert found.recipe == ""  # those are no recipe's settings
+    assert library.plan("book.txt", minutes=1, fastest=True, model={"ngram_orders": (2, 3)}).kind == "ngram"
+
+
+def test_the_library_chooses_no_recipe_where_the_command_would_not(desk: Path) -> None:
+    small = {"layers": 1, "embedding_size": 12, "heads": 1, "context_length": 16}
+    found = library.plan("book.txt", minutes=1, model={"kind": "gpt", **small})
+    assert (found.kind, found.recipe, found.fastest) == ("gpt", "", None)
+    assert library.plan("book.txt", steps=3, model=small).recipe == ""
+    for other in ({"preset": "gpt-mini"}, {"model": {"kind": "gpt"}}, {"data": {"pairs": "addition"}}):
+        with pytest.raises(UserError, match="Leave one of them out"):
+            library.plan(fastest=True, **other)
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_fastest_is_for_a_text_and_repeats_nothing(command: str, desk: Path, quire) -> None:
+    said = quire(command, "--fastest", "--pairs", "addition")
+    assert said.code == 2 and "--fastest is for a text" in said.plain
+    said = quire(command, "book.txt", "--fastest", "--minutes", "1", "--decisions", "old/decisions.jsonl")
+    assert said.code == 2 and "--config RUN/config.toml --decisions old/decisions.jsonl" in said.plain
+
+
+@pytest.mark.parametrize("name", ["plan", "train"])
+def test_a_text_may_come_by_a_pipe(name: str, desk: Path, quire, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Path("book.txt").read_bytes()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data), isatty=lambda: False))
+    words = ["-", "--minutes", "0.05", "--json"]
+    said = quire(name, *words, *(["--run", "piped", "--sample-tokens", "0"] if name == "train" else []))
+    assert said.code == 0
+    if name == "plan":
+        assert json.loads(said.out)["text"] == "-"
+    else:
+        assert Run("piped").config["data"]["text"] == ["-"]
+        assert Path("piped/data/standard-input.txt").read_bytes() == data
+
+
+def test_a_plan_on_cuda_says_that_nothing_was_compiled(desk: Path) -> None:
+    found = library.plan("book.txt", minutes=1, model={"layers": 1})
+    speed = next(line for line in told(found) if line.startswith("speed"))
+    assert speed.endswith("measured")
+    assert f"{speed} uncompiled".replace("on cpu", "on cuda") in told(replace(found, device="cuda"))
+
+
+# ---- what is chosen, on machines of the tests' own ----
+
+RECIPES = {
+    kind: [name for name, recipe in table()["recipes"].items() if recipe["model"]["kind"] == kind][:3]
+    for kind in FAMILIES
+}
+PLACES = [
+    {"family": kind, "core_seconds": seconds, "bytes": 9000, "recipe": recipe}
+    for kind in FAMILIES
+    for seconds, recipe in zip([1.5, 150.0, 15_000.0], RECIPES[kind], strict=True)
+]
+
+
+@pytest.fixture
+def on_machine(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """on_machine(t): a step takes t seconds, whatever is trained; what is best changes with the time."""
+    monkeypatch.setitem(table(), "choices", PLACES)
+    seconds = {place["recipe"]: 0.01 for place in PLACES}
+    monkeypatch.setitem(table(), "step_seconds", seconds)
+
+    def step(step_seconds: float) -> None:
+        monkeypatch.setattr(planning, "measured_step", lambda *arguments: Speed(1, step_seconds))
+
+    return step
+
+
+def building(**flags: Any) -> Callable[[Table], Settings]:
+    over = merged({"data": {"text": ["book.txt"]}, "training": {"device": "cpu"}}, flags)
+    return lambda recipe: typed(layered("default", flags=merged(recipe, over)))
+
+
+@pytest.mark.parametrize("minutes", [0.5, 2.5])
+@pytest.mark.parametrize("step_seconds", [1e-4, 0.01, 1.0])
+def test_training_takes_what_the_plan_said(minutes: float, step_seconds: float, on_machine) -> None:
+    on_machine(step_seconds)
+    build = building(training={"minutes": minutes})
+    said = planning.planned(build, "modern").recipe
+    assert said == follow(build, "modern", time.time()).recipe
+    assert said == follow(build, "modern", time.time() - 59 * minutes).recipe  # however long it took to read
+    power = 0.01 / step_seconds if minutes >= 1 else 1.0  # too short to measure
+    assert said == planning.chosen("modern", 60 * minutes * power, 9000)
+
+
+def test_steps_get_one_recipe_at_any_speed_and_time(on_machine) -> None:
+    build, found = building(training={"steps": 5}, model={"kind": "ngram"}), set()
+    for step_seconds in (1e-4, 1.0):
+        on_machine(step_seconds)
+        found.add(planning.planned(build, "ngram").recipe)
+        found |= {follow(build, "ngram", time.time() - elapsed).recipe for elapsed in (0, 1000)}
+    assert found == {RECIPES["ngram"][1]}
+
+
+def test_the_step_of_a_larger_model_says_nothing_of_the_machine(on_machine) -> None:
+    on_machine(1.0)  # a hundred times a recipe's, because of the layers
+    build = building(training={"minutes": 2.5}, model={"layers": 40})
+    found = follow(build, "modern", time.time())
+    wanted = table()["recipes"][RECIPES["modern"][1]]["model"]  # that for 150 core-seconds
+    assert found.recipe == "" and found.settings.model.embedding_size == wanted["embedding_size"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "same"),
+    [
+        ({"minutes": 3.0}, True),
+        ({"threads": 1, "seed": 5}, True),
+        ({"optimizer": "sgd"}, False),
+        ({"epochs": 1.0}, True),
+    ],
+)
+def test_a_recipe_is_its_own_until_a_flag_changes_it(flags: Table, same: bool) -> None:
+    for name, recipe in table()["recipes"].items():
+        settings = typed(layered("default", flags=merged(recipe, {"training": flags})))
+        assert planning.holds(settings, name) is same
+
+
+def test_evaluations_of_a_run_by_steps_are_counted_as_it_makes_them(tiny: Run) -> None:
+    made = sum("validation_loss" in row for row in tiny.metrics())
+    assert seconds_evaluating(TrainingSettings(steps=30), Speed(1, 0.1), 0.0, 30) == made * BESIDE_SECONDS
+
+
+@pytest.mark.parametrize("seconds", [3.0, 60.0, 3600.0])
+def test_evaluations_take_their_share_of_the_time_or_are_one(seconds: float) -> None:
+    speed = Speed(1, 0.1, evaluation_seconds=2.0)
+    each = 2.0 + BESIDE_SECONDS * min(1.0, seconds / 60)
+    taken = seconds_evaluating(TrainingSettings(minutes=seconds / 60), speed, seconds, 0)
+    assert taken == each or (taken <= 0.05 * seconds and math.isclose(taken % each, 0, abs_tol=1e-9))

@@ -5,9 +5,12 @@ import math
 import numpy as np
 import pytest
 
+from quire.data.reading import DataSettings
+from quire.errors import UserError
 from quire.planning import recipes
-from quire.planning.recipes import FAMILIES, chosen, features, predicted, table
-from quire.training.settings import layered, typed
+from quire.planning.measure import FEWEST_BITS
+from quire.planning.recipes import FAMILIES, chosen, family, features, predicted, table
+from quire.training.settings import TrainingSettings, layered, typed
 
 COUNTED = [3.4, 2.9, 2.5, 2.3, 2.2]
 
@@ -18,7 +21,7 @@ def test_every_recipe_is_a_configuration(name: str) -> None:
     settings = typed(layered("default", flags=recipe))
     assert settings.model.kind in FAMILIES
     assert {"kind", "layers", "embedding_size", "heads", "feedforward_size", "context_length"} <= set(recipe["model"])
-    assert {"batch_size", "optimizer", "learning_rate", "schedule"} <= set(recipe["training"])
+    assert {"batch_size", "learning_rate"} <= set(recipe["training"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -56,5 +59,51 @@ def test_a_prediction_is_the_regression_and_its_range(monkeypatch: pytest.Monkey
     assert predicted("modern", 0, 100_000, COUNTED) is None
 
 
-def test_features_are_finite() -> None:
-    assert np.isfinite(features(1, 1, COUNTED)).all()
+EXTREMES = [[FEWEST_BITS] * 5, [8.0, *[FEWEST_BITS] * 4], [FEWEST_BITS, *[8.0] * 4], [30.0] * 5, COUNTED]
+
+
+@pytest.mark.parametrize("counted", EXTREMES)
+@pytest.mark.parametrize("core_seconds", [1e-6, 1, 1e9])
+@pytest.mark.parametrize("size", [1, 50_000, 10**15])
+def test_no_text_and_no_time_is_too_extreme(
+    core_seconds: float, size: int, counted: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert np.isfinite(features(core_seconds, size, counted)).all()
+    coefficients = [1.0, -0.2, -0.03, 0.01, 0.003, -0.3, 0.3]  # about what the sweep's first texts gave
+    fit = {"coefficients": coefficients, "deviation": 0.2, "core_seconds": [15, 1800], "bytes": [20_000, 10**8]}
+    monkeypatch.setitem(table(), "predictions", {"modern": fit})
+    found = predicted("modern", core_seconds, size, counted)
+    assert found is not None and 0 < found.low < found.bits_per_byte < found.high < math.inf
+
+
+MINUTES = TrainingSettings(minutes=1.0)
+
+
+def test_a_recipe_is_chosen_where_only_the_time_is_given() -> None:
+    text = DataSettings()
+    assert family("", False, MINUTES, text) == "modern"
+    assert family("", True, MINUTES, text) == family("", True, TrainingSettings(steps=3), text) == "ngram"
+    assert family("--preset", False, MINUTES, text) == ""
+    assert family("", False, TrainingSettings(steps=3), text) == ""
+    assert family("", False, TrainingSettings(minutes=1.0, decisions="d.jsonl"), text) == ""
+    assert family("", False, MINUTES, DataSettings(pairs="p.tsv")) == ""
+
+
+@pytest.mark.parametrize(
+    ("named", "training", "data", "sentence"),
+    [
+        ("--preset", MINUTES, DataSettings(), "--preset names another"),
+        ("", MINUTES, DataSettings(pairs="p.tsv"), "--fastest is for a text, and --pairs p.tsv is none"),
+        (
+            "",
+            TrainingSettings(minutes=1.0, decisions="old/decisions.jsonl"),
+            DataSettings(),
+            "--config RUN/config.toml --decisions old/decisions.jsonl",
+        ),
+    ],
+)
+def test_fastest_is_refused_beside_what_says_what_to_train(
+    named: str, training: TrainingSettings, data: DataSettings, sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        family(named, True, training, data)
