@@ -6,7 +6,7 @@ from typing import Any
 
 from tyro.conf import FlagConversionOff, OmitArgPrefixes
 
-from quire.cli.flags import Switch
+from quire.cli.flags import Switch, value_of
 from quire.cli.models import amount
 from quire.cli.runs import size
 from quire.cli.train import Preset, StagedSettings, TextSettings, arguments, settings_of, threads, wanted_family
@@ -14,7 +14,8 @@ from quire.config import Table
 from quire.models import ModelSettings
 from quire.planning.plan import Plan, planned
 from quire.planning.recipes import EXPORTABLE, FAMILIES, FASTEST, Prediction
-from quire.training.settings import Settings
+from quire.training.settings import LENGTHS, Settings
+from quire.training.train import check_length
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Arguments:
     Takes the flags of quire train, and measures this machine for a few seconds.
     """
 
-    preset: Preset = "default"  # where the settings start from; without it, what the planner chooses
+    preset: Preset = "default"  # where settings start from; without it, the planner chooses them
     config: str = ""  # a TOML file over the preset, for example another run's config.toml
     fastest: Switch = False  # a recipe with n-grams beside the network: usually a lower loss; only Quire can load it
     json: Switch = False  # print one JSON object on standard output
@@ -37,6 +38,8 @@ def run(words: list[str]) -> int:
     """Plan, and print it."""
     given = arguments(Arguments, words, "plan")
     wanted = wanted_family(words, given)
+    if any(value_of(words, f"--{name}") for name in LENGTHS):
+        check_length(given.training)  # --minutes 0
 
     def build(recipe: Table) -> Settings:
         return settings_of(arguments(Arguments, words, "plan", recipe))
@@ -59,16 +62,24 @@ def told(plan: Plan) -> list[str]:
         row("tokenizer", f"{plan.tokenizer}, vocabulary {plan.vocabulary_size:,}"),
         row("model", f"{kind(plan)}: {shape}, context {plan.context_length}"),
         row("parameters", total(plan.parameters, amount)),
-        row("training", f"batch {plan.batch_size}, learning rate {rate}, {plan.steps:,} steps, {epochs(plan)}"),
+        row(
+            "training",
+            f"batch {plan.batch_size}, learning rate {rate}, {steps(plan)}, {epochs(plan)}",
+        ),
         row("arithmetic", f"{amount(plan.flops_per_token)} operations a token, forward and backward"),
         row("memory", f"{total(plan.memory, size)}; there is {size(plan.memory_limit) if plan.memory_limit else '?'}"),
-        row("speed", f"{1000 * plan.step_seconds:.3g} ms a step on {plan.device}, {threads(plan.threads)}, {measured}"),
+        row("speed", f"{milliseconds(plan.step_seconds)} a step on {plan.device}, {threads(plan.threads)}, {measured}"),
         row("time", f"{plan.seconds / 60:.3g} minutes, from start to exit"),
         row("expected", expected(plan.prediction)),
     ]
     if plan.contention:
         lines.append(row("", plan.contention))
     return lines + [row("with", line) for line in otherwise(plan)]
+
+
+def milliseconds(seconds: float) -> str:
+    """A step's time, to two or three digits."""
+    return f"{1000 * seconds:,.0f} ms" if seconds >= 0.01 else f"{1000 * seconds:.2g} ms"
 
 
 def row(name: str, text: str) -> str:
@@ -84,6 +95,11 @@ def kind(plan: Plan) -> str:
 def total(parts: dict[str, int], spelled: Any) -> str:
     """A sum and its parts."""
     return f"{spelled(sum(parts.values()))}: " + ", ".join(f"{name} {spelled(value)}" for name, value in parts.items())
+
+
+def steps(plan: Plan) -> str:
+    """How many steps."""
+    return f"{plan.steps:,} step{'s' * (plan.steps != 1)}"
 
 
 def epochs(plan: Plan) -> str:

@@ -45,7 +45,7 @@ class Arguments:
     """Train a model on TEXT and write it into a run directory. Flags over --config over --preset."""
 
     run: str = ""  # the run directory; without it runs/NAME after the first text
-    preset: Preset = "default"  # where the settings start from; without it, under --minutes, what the planner chooses
+    preset: Preset = "default"  # where settings start from; where only --minutes is given, the planner chooses them
     config: str = ""  # a TOML file over the preset, for example another run's config.toml
     fastest: Switch = False  # a recipe with n-grams beside the network: usually a lower loss; only Quire can load it
     json: Switch = False  # print one JSON object on standard output at the end, and nothing else there
@@ -77,7 +77,7 @@ def arguments(kind: type[T], words: list[str], command: str, recipe: Table | Non
     """The flags over what stands below them: a preset, a configuration file and a recipe."""
     # What flags change is known only after the layers below them are: preset, configuration file, model kind.
     preset, config = value_of(words, "--preset") or "default", value_of(words, "--config") or ""
-    model = value_of(words, "--model.kind") or (FASTEST if "--fastest" in words else None)
+    model = value_of(words, "--model.kind") or (FASTEST if "--fastest" in words and not named_by(words) else None)
     table = layered(preset, config, merged(recipe or {}, {"model": {"kind": model}} if model else {}))
     if any(value_of(words, f"--{name}") for name in LENGTHS):  # the length given by flag is the only one
         table["training"] = {**table.get("training", {}), **dict.fromkeys(LENGTHS, 0)}
@@ -95,8 +95,12 @@ def settings_of(given: Any) -> Settings:
 
 def wanted_family(words: list[str], given: Any) -> str:
     """The family of recipes to choose from; "" where something but the time says what to train."""
-    named = next((flag for flag in ("--preset", "--config", "--model.kind") if value_of(words, flag)), "")
-    return family(named, given.fastest, given.training, given.data)
+    return family(named_by(words), given.fastest, given.training, given.data)
+
+
+def named_by(words: list[str]) -> str:
+    """The flag that says what to train, or ""."""
+    return next((flag for flag in ("--preset", "--config", "--model.kind") if value_of(words, flag)), "")
 
 
 def sentence(found: Chosen, wanted: str) -> str:
@@ -104,9 +108,11 @@ def sentence(found: Chosen, wanted: str) -> str:
     settings = found.settings
     model, training = settings.model, settings.training
     changed = "" if found.recipe else ", changed by flags"
+    shape = f"{getattr(model, 'layers', '?')} layers of {getattr(model, 'embedding_size', '?')}"
     lines = [
-        f"By plan{changed}: {FAMILIES[wanted]}, {model.named}, in batches of {training.batch_size} at rate"
-        f" {training.learning_rate:g}, tokenizer {training.tokenizer}. All of it is in the run's config.toml."
+        f"By plan{changed}: {FAMILIES[wanted]}, {shape}, context {model.context_length}, in batches of"
+        f" {training.batch_size} at rate {training.learning_rate:g}, tokenizer {training.tokenizer}. All of it is in"
+        " the run's config.toml."
     ]
     if found.speed:
         lines.append(f"Measured: {1000 * found.speed.step_seconds:.0f} ms a step with {threads(found.speed.threads)}.")

@@ -262,7 +262,7 @@ def summed_up(found: Chosen, wanted: str, seconds: float, device: torch.device) 
         threads=speed.threads,
         step_seconds=round(speed.step_seconds, 6),
         contention=speed.contention,
-        seconds=round(seconds or START_SECONDS + EXIT_SECONDS + steps * speed.step_seconds + evaluating, 1),
+        seconds=round(max(seconds, START_SECONDS + EXIT_SECONDS + steps * speed.step_seconds + evaluating), 1),
         prediction=predicted(wanted, core_seconds, text.bytes, list(text.counted)),
         longer=what_if.at(LONGER),
         gpu=what_if.at(GPU) if device.type == "cpu" else None,

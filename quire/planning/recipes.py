@@ -28,8 +28,8 @@ FARTHEST = 4.0  # a prediction goes no farther beyond what was measured than by 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bits per byte of the held-out text, with a range that two in three cells of the sweep lay in, left out of the
-    fit; `extrapolated` where time or text are outside what was measured."""
+    """Bits per byte of the held-out text, in a range of one standard deviation: that of texts which were left out of
+    the fit; `extrapolated` where time or text are outside what was measured."""
 
     bits_per_byte: float
     low: float
