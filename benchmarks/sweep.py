@@ -45,7 +45,8 @@ TEXTS = {  # where each comes from: a file in ../shared/data, a corpus of Quire'
     "enwik8-later": "enwik8",
 }
 LATER = 20_000_000  # enwik8 is taken from here on: its first megabytes are one of the six texts
-EVALUATIONS = {0.25: 2, 1.0: 3, 3.0: 6, 10.0: 8, 30.0: 10}  # by core-minutes: none is paid for by the cell
+MOST = 10  # evaluations, as in a training by the clock; of a longer text, which costs longer, fewer, by core-minutes
+EVALUATIONS = {0.25: 2, 1.0: 3, 3.0: 6, 10.0: 8, 30.0: 10}
 PENALTY = 0.02  # of the regression's coefficients, which keeps them small where cells are few
 
 
@@ -81,8 +82,11 @@ def suits(recipe: dict[str, Any], budget: float, size: int) -> bool:
     weight = model["layers"] * model["embedding_size"] ** 2 / 1000  # 1x64: 4, 2x96: 18, 3x96: 28, 3x128: 49, 6x192: 221
     if training.get("tokenizer") == "byte-bpe" and (size < 1_000_000 or budget < 3):
         return False
-    if model.get("dropout") and (size > 1_000_000 or budget < 3):
+    small = model["embedding_size"] <= 96
+    if model.get("dropout") and (size > (200_000 if small else 1_000_000) or budget < (1 if small else 3)):
         return False
+    if small and size <= 200_000:  # nothing larger is of use there, however long it may take
+        return budget <= 1 or bool(model.get("dropout"))
     low, high = {0.25: (0, 20), 1.0: (0, 30), 3.0: (15, 70), 10.0: (25, 70), 30.0: (45, 230)}[budget]
     return low <= weight <= high
 
@@ -119,12 +123,8 @@ def trained(cell: dict[str, Any]) -> dict[str, Any]:
     speed = measured(settings, prepared, torch.device("cpu"), min(5.0, 0.2 * seconds), 1)
     assert speed.cpu_seconds is not None
     steps = max(20, round(seconds / speed.cpu_seconds))
-    training = {
-        **flags["training"],
-        "steps": steps,
-        "evaluation_interval": -(-steps // EVALUATIONS[cell["minutes"]]),
-        "sample_tokens": 0,
-    }
+    count = MOST if cell["bytes"] <= 200_000 else EVALUATIONS[cell["minutes"]]
+    training = {**flags["training"], "steps": steps, "evaluation_interval": -(-steps // count), "sample_tokens": 0}
     with tempfile.TemporaryDirectory() as folder:
         run = quire.train(path, run=Path(folder) / "run", model=recipe["model"], device="cpu", **training)
         lines = [line for line in run.metrics() if line.get("validation_loss") is not None]

@@ -4,8 +4,11 @@
 
 over the earlier places j of the window, m_j being how many tokens before j are those before the one to be predicted;
 p_0 is what everything else says, and has one vote. A place has half a vote at m = L, and none below m = L / 2: by
-chance, texts agree that far anywhere. Names, phrases and lines of code come back within a page, and a network of a few
-minutes has not learned to copy them.
+chance, texts agree that far anywhere. Where there are more votes than one, each counts for less, so that they have one
+together: a phrase that came back ten times is no surer than one that came back twice, and who writes does not repeat it
+for ever.
+
+Names, phrases and lines of code come back within a page, and a network of a few minutes has not learned to copy them.
 
 A cache model (Kuhn and De Mori 1990) of long contexts, kin to the match model of the compressor PAQ (Mahoney 2005). In
 attention's words: queries and keys are the last tokens, values are what came next. Nothing in it is learned.
@@ -13,7 +16,7 @@ attention's words: queries and keys are the last tokens, values are what came ne
 B batch, S tokens, T predictions, N pairs of a prediction and an earlier place that votes, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +27,7 @@ MULTIPLIER = 742938285  # of the hash that finds places (as in layers/ngram_embe
 @dataclass(frozen=True)
 class Matches:
     """For the last T of S tokens: `rows` (N), which of the B x T predictions a place votes in; `tokens` (N), for what;
-    `votes` (N), with how much weight, below 1."""
+    `votes` (N), with how much weight, at most 1 together."""
 
     rows: Tensor
     tokens: Tensor
@@ -52,8 +55,9 @@ class Matches:
             going = going[(token == flat.take(theirs)) & (token >= 0) & (segments.take(ours) == segments.take(theirs))]
             agreed[going] += 1
         kept = agreed >= least
-        votes = torch.sigmoid((agreed[kept] - length).float())
-        return cls((row * new + last)[kept], flat.take(there[kept] + 1), votes, (B, new))
+        rows, votes = (row * new + last)[kept], torch.sigmoid(agreed[kept] - length)
+        found = cls(rows, flat.take(there[kept] + 1), votes, (B, new))
+        return replace(found, votes=found.votes / found.all().clamp(min=1).take(rows))
 
     def all(self) -> Tensor:
         """The sum of all votes at each prediction: (B, T)."""
