@@ -253,11 +253,14 @@ class Trainer:
         state.finished = state.progress > 1 - 1e-9
 
     def foreseen_evaluation(self) -> float:
-        """The seconds that measuring the held-out text is going to take, by its first batches."""
-        began, shape = time.monotonic(), self.run.settings
-        _, count = total_loss(
-            self.model, self.validation, shape.context_length, shape.vocabulary_size, self.device, most_batches=2
-        )
+        """The seconds that measuring the held-out text is going to take, by its first batches, after one to warm up."""
+        shape = self.run.settings
+        for most_batches in (1, 2):
+            began = time.monotonic()
+            _, count = total_loss(
+                self.model, self.validation, shape.context_length, shape.vocabulary_size, self.device,
+                most_batches=most_batches,
+            )  # fmt: skip
         return (time.monotonic() - began) * max(1.0, len(self.validation) / count)
 
     # ---- what is due now and then ----
