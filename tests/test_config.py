@@ -189,7 +189,7 @@ def test_a_later_length_replaces_an_earlier_one(file, preset, later):
     assert lengths(layered(preset, None, {"training": {later: 7}})) == {later: 7}
     both = layered(preset, file({"training": {"epochs": 3}}), {"training": {later: 7}})
     assert lengths(both) == {later: 7}
-    assert typed(both).training.batch_size == 16
+    assert typed(both).training.batch_size == layered(preset)["training"]["batch_size"]
 
 
 def test_layers_that_give_no_length_keep_it(file):
