@@ -24,7 +24,7 @@ MEASURED_STEPS = 4  # between decisions, at least
 EVALUATIONS = 10  # at most, in a run
 EVALUATION_SHARE = 0.05  # of the time may go into them, but the last one is always made
 EXIT_SECONDS = 0.4  # for the last words and the process's end
-BESIDE_SECONDS = 1.5  # what sample, plot and saving add to an evaluation, in a run of a minute or more
+BESIDE_SECONDS = 4.0  # what sample, plot and saving add to an evaluation, in a run of a minute or more
 GRACE_SHARE, GRACE_SECONDS = 0.02, 1.0  # past the time before training is broken off in the middle of its schedule
 
 

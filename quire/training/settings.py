@@ -47,7 +47,7 @@ class TrainingSettings:
     gradient_checkpointing: bool = False  # compute each block again for its gradient: less memory, more time
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA, in runs long enough to gain by it
     evaluation_interval: int = 0  # steps between evaluations; 0: about ten in a run
-    sample_tokens: int = 300  # written at each evaluation, at most 5 for a second of --minutes; 0: none
+    sample_tokens: int = 300  # written at each evaluation, at most 2 for a second of --minutes; 0: none
     patience: int = 0  # evaluations without a better held-out loss until patience_action; 0: never
     patience_action: Literal["lower", "stop"] = "stop"  # halve the learning rate, or stop
     non_finite: Literal["stop", "skip", "rollback"] = "stop"  # when the loss is not finite, or explodes
