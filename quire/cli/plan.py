@@ -62,10 +62,7 @@ def told(plan: Plan) -> list[str]:
         row("tokenizer", f"{plan.tokenizer}, vocabulary {plan.vocabulary_size:,}"),
         row("model", f"{kind(plan)}: {shape}, context {plan.context_length}"),
         row("parameters", total(plan.parameters, amount)),
-        row(
-            "training",
-            f"batch {plan.batch_size}, learning rate {rate}, {steps(plan)}, {epochs(plan)}",
-        ),
+        row("training", f"batch {plan.batch_size}, learning rate {rate}, {steps(plan)}, {epochs(plan)}"),
         row("arithmetic", f"{amount(plan.flops_per_token)} operations a token, forward and backward"),
         row("memory", f"{total(plan.memory, size)}; there is {size(plan.memory_limit) if plan.memory_limit else '?'}"),
         row("speed", f"{milliseconds(plan.step_seconds)} a step on {plan.device}, {threads(plan.threads)}, {measured}"),

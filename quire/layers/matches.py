@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-MULTIPLIER = 742938285  # of the hash that finds places (as in layers/ngram_embedding.py); they are compared after that
+from quire.layers.ngram_embedding import MULTIPLIER
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Matches:
 
 
 def _hashes(tokens: Tensor, length: int) -> Tensor:
-    """A number for the last `length` tokens at each place, wrapping around: equal where those are."""
+    """A number for the last `length` tokens at each place, equal where those are; it wraps around, and may be equal
+    elsewhere too."""
     hashed = torch.zeros_like(tokens)
     for back in range(length):
         hashed = hashed * MULTIPLIER + torch.nn.functional.pad(tokens, (back, 0), value=-1)[:, : tokens.shape[1]] + 2

@@ -115,8 +115,8 @@ class Decoder(Layer):
 
         gpt2: normal with deviation 0.02, output projections of each part times 1 / sqrt(2 layers) (Radford et al.
         2019). zero-output: matrices normal with deviation 1 / sqrt(inputs), output projections and an untied head
-        zero, so that pre-norm blocks begin as the identity (as in modded-nanogpt); untied
-        embeddings with deviation 0.3, which learn sooner than small ones.
+        zero, so that pre-norm blocks begin as the identity (as in modded-nanogpt); untied embeddings with deviation
+        0.3, which learn sooner than small ones.
         """
         settings = self.settings
         apart = settings.initialization == "zero-output" and not settings.tied

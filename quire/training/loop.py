@@ -254,13 +254,9 @@ class Trainer:
 
     def foreseen_evaluation(self) -> float:
         """The seconds that measuring the held-out text is going to take, by its first batches, after one to warm up."""
-        shape = self.run.settings
-        for most_batches in (1, 2):
+        for batches in (1, 2):
             began = time.monotonic()
-            _, count = total_loss(
-                self.model, self.validation, shape.context_length, shape.vocabulary_size, self.device,
-                most_batches=most_batches,
-            )  # fmt: skip
+            _, count = self.held_out_total(batches)
         return (time.monotonic() - began) * max(1.0, len(self.validation) / count)
 
     # ---- what is due now and then ----
@@ -299,9 +295,14 @@ class Trainer:
 
     def held_out_loss(self) -> tuple[float, float]:
         """Nats per token and bits per byte over the whole held-out text."""
-        shape, size = self.run.settings, self.run.manifest["validation"]["bytes"]
-        total, count = total_loss(self.model, self.validation, shape.context_length, shape.vocabulary_size, self.device)
-        return total / count, bits_per_byte(total, size)
+        total, count = self.held_out_total()
+        return total / count, bits_per_byte(total, self.run.manifest["validation"]["bytes"])
+
+    def held_out_total(self, most_batches: int | None = None) -> tuple[float, int]:
+        """Nats of the held-out text, or of its first batches, and how many tokens those are."""
+        shape = self.run.settings
+        sizes, stride = (shape.context_length, shape.vocabulary_size), None
+        return total_loss(self.model, self.validation, *sizes, self.device, stride, most_batches)
 
     def interval(self) -> int:
         """Steps between evaluations in a stretch whose length is known."""
