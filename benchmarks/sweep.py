@@ -51,44 +51,26 @@ PENALTY = 0.02  # of the regression's coefficients, which keeps them small where
 
 
 def cells(minutes: list[float], families: list[str]) -> Iterator[dict[str, Any]]:
-    """What to train, the cheapest and most telling first. Long cells have few recipes and few texts."""
-    recipes = [name for name in table()["recipes"] if table()["recipes"][name]["model"]["kind"] in families]
+    """What to train, the cheapest and most telling first."""
+    kinds = {name: recipe["model"]["kind"] for name, recipe in table()["recipes"].items()}
     for budget in sorted(minutes):
-        for size, text in places(budget):
-            for name in recipes:
-                if suits(table()["recipes"][name], budget, size):
+        for rank, size, text in places(budget):
+            for name in contenders(budget, size, rank):
+                if kinds[name] in families:
                     yield {"text": text, "bytes": size, "minutes": budget, "recipe": name}
 
 
-def places(budget: float) -> list[tuple[int, str]]:
-    """The sizes and texts of a time."""
-    texts = {
-        20_000: ["tiny-shakespeare", "code", "names"],
-        200_000: ["king-james", "code", "names"],
-        1_000_000: ["tiny-shakespeare", "wikitext2", "code"],
-        5_000_000: ["shakespeare", "enwik8-later", "code"],
-        80_000_000: ["enwik8-later"],
-    }
-    few = 2 if budget <= 1 else 1
-    order = [1_000_000, 20_000, 5_000_000, 200_000, 80_000_000]
-    if budget == min(MINUTES):
-        order = order[:-1]  # reading 80 MB takes as long
-    return [(size, texts[size][rank]) for rank in range(few) for size in order if rank < len(texts[size])]
+def places(budget: float) -> list[tuple[int, int, str]]:
+    """The sizes of a time, each with its first text (rank 0), in short cells with a second one too (rank 1)."""
+    sizes = [size for size in SIZES if size < 80_000_000 or budget > min(MINUTES)]  # reading 80 MB takes as long
+    ranks = 2 if budget <= 3 else 1
+    return [(rank, size, TEXTS_OF[size][rank]) for rank in range(ranks) for size in sizes if rank < len(TEXTS_OF[size])]
 
 
-def suits(recipe: dict[str, Any], budget: float, size: int) -> bool:
-    """Whether a recipe may be the best one there: neither far too large for the time nor far too small."""
-    model, training = recipe["model"], recipe["training"]
-    weight = model["layers"] * model["embedding_size"] ** 2 / 1000  # 1x64: 4, 2x96: 18, 3x96: 28, 3x128: 49, 6x192: 221
-    if training.get("tokenizer") == "byte-bpe" and (size < 1_000_000 or budget < 3):
-        return False
-    small = model["embedding_size"] <= 96
-    if model.get("dropout") and (size > (200_000 if small else 1_000_000) or budget < (1 if small else 3)):
-        return False
-    if small and size <= 200_000:  # nothing larger is of use there, however long it may take
-        return budget <= 1 or bool(model.get("dropout"))
-    low, high = {0.25: (0, 20), 1.0: (0, 30), 3.0: (15, 70), 10.0: (25, 70), 30.0: (45, 230)}[budget]
-    return low <= weight <= high
+def contenders(budget: float, size: int, rank: int) -> list[str]:
+    """The recipes that may be the best of a time and size; of a second text or a very long one, of each family one."""
+    names = SMALL[budget] if size <= 200_000 else LARGE[budget]
+    return names if rank == 0 and size < 80_000_000 else names[:2]
 
 
 def train(cell: dict[str, Any], folder: Path) -> dict[str, Any]:

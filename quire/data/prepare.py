@@ -145,6 +145,11 @@ def prepare(
             index = _encode(folder, head, tokenizer, (training, held_out), policy)
     streams = [shards.opened(folder, index[name], index["dtype"]) for name in STREAMS]
     report = index["report"]
+    if not report["validation_bytes"]:
+        raise UserError(
+            "Nothing of the held-out text is left that the tokenizer knows: no loss can be measured on it."
+            " Give another --validation FILE, or another --tokenizer."
+        )
     found = Prepared(tokenizer, streams[0], streams[1], report["validation_bytes"], report, key, corpus.left_out)
     for name, first, last in corpus.arguments:
         start, end = (shards.start_of(folder, index["training"], document) for document in (first, last))

@@ -28,7 +28,7 @@ class Measure:
 def measure(prepared: Prepared) -> Measure:
     """The measure of a prepared text: of a long one the part before what is held out is counted.
 
-    Raises UserError where there is too little to count, or nothing that is held out.
+    Raises UserError where there is too little to count.
     """
     each = prepared.report["characters"] / max(1, prepared.report["tokens"])  # characters a token
     learned = text(prepared, prepared.training, -math.ceil(COUNTED / each))[-COUNTED:]
@@ -37,11 +37,6 @@ def measure(prepared: Prepared) -> Measure:
         raise UserError(
             f"The training text has {len(learned)} characters: too few to foretell anything from."
             f" Give a text of at least {max(ORDERS)}; some hundred say more."
-        )
-    if not held_out:
-        raise UserError(
-            "Nothing of the held-out text is left that the tokenizer knows: no loss can be measured on it."
-            " Give another --validation FILE, or another --tokenizer."
         )
     points = np.frombuffer((learned + held_out).encode("utf-32-le"), dtype="<u4")
     characters, numbers = np.unique(points, return_inverse=True)

@@ -129,8 +129,9 @@ def test_too_little_to_count_is_said(desk: Path, quire) -> None:
 def test_nothing_held_out_that_the_tokenizer_knows_is_said(content: str, documents: str, desk: Path, quire) -> None:
     Path("other.txt").write_text(content, encoding="utf-8")
     words = ["--tokenizer", "tiny", "--unknown", "skip", "--validation", "other.txt", "--documents", documents]
-    said = quire("plan", "book.txt", *words)
-    assert said.code == 2 and "Nothing of the held-out text is left" in said.plain
+    said, trained = quire("plan", "book.txt", *words), quire("train", "book.txt", *words, "--steps", "1")
+    assert said.code == trained.code == 2 and "Nothing of the held-out text is left" in said.plain
+    assert said.err == trained.err
 
 
 def test_training_by_minutes_follows_the_plan(desk: Path, quire) -> None:
