@@ -57,6 +57,10 @@ def test_the_regression_finds_the_law_that_cells_follow(sweep: ModuleType, monke
 
 
 def test_the_winner_is_best_on_the_average_text(sweep: ModuleType) -> None:
-    group = [line("a", 1, 1, "small", 2.0), line("a", 1, 1, "large", 2.2), line("b", 1, 1, "small", 3.1),
-             line("b", 1, 1, "large", 3.0), line("a", 1, 1, "untried on b", 1.0)]  # fmt: skip
+    group = [line("a", 1, 1, "small", 2.0), line("a", 1, 1, "large", 2.2),
+             line("b", 1, 1, "small", 3.1), line("b", 1, 1, "large", 3.0)]  # fmt: skip
     assert sweep.winner(group) == "small"
+    easy = line("a", 1, 1, "on the easy text alone", 2.1)
+    assert sweep.winner([*group, easy]) == "small"
+    assert sweep.winner([*group, {**easy, "bits_per_byte": 1.9}]) == easy["recipe"]
+    assert sweep.winner([line("b", 1, 1, "alone", 3.0)]) == "alone"
