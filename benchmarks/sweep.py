@@ -33,8 +33,6 @@ from quire.planning.recipes import TABLE, features, table
 
 RESULTS = ROOT / "benchmarks" / "results" / "sweep.jsonl"
 SHARED = ROOT.parent / "shared" / "data"
-MINUTES = [0.25, 1.0, 3.0, 10.0, 30.0]
-SIZES = [20_000, 200_000, 1_000_000, 5_000_000, 80_000_000]
 TEXTS = {  # where each comes from: a file in ../shared/data, a corpus of Quire's with its first byte, or code
     "tiny-shakespeare": "tinyshakespeare.txt",
     "king-james": "king-james",
@@ -75,6 +73,7 @@ LARGE = {
     10.0: ["modern-4x128-256-pieces", "counts-3x128-128-pieces", "modern-3x128-128-pieces"],
     30.0: ["modern-4x128-256-pieces", "counts-3x128-128-pieces"],
 }  # fmt: skip
+MINUTES, SIZES = [*LARGE], [*TEXTS_OF]
 LATER = 20_000_000  # enwik8 is taken from here on: its first megabytes are one of the six texts
 MOST = 10  # evaluations, as in a training by the clock; of a longer text, which costs longer, fewer, by core-minutes
 EVALUATIONS = {0.25: 2, 1.0: 3, 3.0: 6, 10.0: 8, 30.0: 10}
@@ -93,7 +92,7 @@ def cells(minutes: list[float], families: list[str]) -> Iterator[dict[str, Any]]
 
 def places(budget: float) -> list[tuple[int, int, str]]:
     """The sizes of a time, each with its first text (rank 0), in short cells with a second one too (rank 1)."""
-    sizes = [size for size in SIZES if size < 80_000_000 or budget > min(MINUTES)]  # reading 80 MB takes as long
+    sizes = [size for size in SIZES if size < max(SIZES) or budget > min(MINUTES)]  # reading the longest takes as long
     ranks = 2 if budget <= 3 else 1
     return [(rank, size, TEXTS_OF[size][rank]) for rank in range(ranks) for size in sizes if rank < len(TEXTS_OF[size])]
 
@@ -101,7 +100,7 @@ def places(budget: float) -> list[tuple[int, int, str]]:
 def contenders(budget: float, size: int, rank: int) -> list[str]:
     """The recipes that may be the best of a time and size; of a second text or a very long one, of each family one."""
     names = SMALL[budget] if size <= 200_000 else LARGE[budget]
-    return names if rank == 0 and size < 80_000_000 else names[:2]
+    return names if rank == 0 and size < max(SIZES) else names[:2]
 
 
 def train(cell: dict[str, Any], folder: Path) -> dict[str, Any]:

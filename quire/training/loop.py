@@ -301,8 +301,8 @@ class Trainer:
     def held_out_total(self, most_batches: int | None = None) -> tuple[float, int]:
         """Nats of the held-out text, or of its first batches, and how many tokens those are."""
         shape = self.run.settings
-        sizes, stride = (shape.context_length, shape.vocabulary_size), None
-        return total_loss(self.model, self.validation, *sizes, self.device, stride, most_batches)
+        sizes = shape.context_length, shape.vocabulary_size
+        return total_loss(self.model, self.validation, *sizes, self.device, None, most_batches)
 
     def interval(self) -> int:
         """Steps between evaluations in a stretch whose length is known."""
