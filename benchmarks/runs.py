@@ -40,7 +40,7 @@ class Runs:
 
     def quire(self, flags: list[str], minutes: float, seed: int = 1) -> Run:
         """`quire train TEXT --minutes M FLAGS`, nothing in its cache."""
-        name = " ".join(["quire train", *flags, f"--minutes {minutes:g} --seed {seed}"])
+        name = f"{self.called(flags)}{minutes:g} --seed {seed}"
         if name in self.kept["runs"]:
             return self.kept["runs"][name]
         with tempfile.TemporaryDirectory() as folder:
@@ -56,6 +56,15 @@ class Runs:
         ]  # fmt: skip
         loss = round(result["bits_per_byte"] * nats, 5)
         return self.keep(name, {"loss": loss, **used, "steps": result["steps"], "minutes": minutes, "curve": curve})
+
+    @staticmethod
+    def called(flags: list[str]) -> str:
+        """How the names of Quire's runs with these flags begin."""
+        return " ".join(["quire train", *flags, "--minutes "])
+
+    def all_of(self, flags: list[str]) -> list[Run]:
+        """Quire's runs with these flags, of any minutes and seed."""
+        return [run for name, run in self.kept["runs"].items() if name.startswith(self.called(flags))]
 
     def nanogpt(self, seed: int = 1337) -> Run | None:
         """nanoGPT's recipe for CPUs as it is; None without a checkout. Its curve is its own estimates."""
