@@ -95,11 +95,13 @@ class Journal:
         )
 
     def plot(self, state: TrainingState) -> None:
-        """Draw loss.png at the end, and now and then before; not in a few seconds of --minutes."""
+        """Draw loss.png at the end, and now and then before; a few seconds of --minutes have none, nor an older one."""
+        picture = self.run.path / "loss.png"
         if 0 < 60 * state.minutes < PLOT_SECONDS:
+            files.remove(picture)
             return
         if state.finished or time.monotonic() - self.plotted >= PLOT_SECONDS:
-            plot_losses([curve(self.run, "step")], "step", self.run.path / "loss.png")
+            plot_losses([curve(self.run, "step")], "step", picture)
             self.plotted = time.monotonic()
 
     def append(self, state: TrainingState, name: str, text: str) -> None:

@@ -197,6 +197,9 @@ def test_a_finished_run_trains_on_for_more_minutes(lab, on):
     again, seconds = on(machine, resume, run, minutes=0.5)
     assert abs(seconds - 30) <= 3
     assert again.checkpoint().state["finished"] and again.metrics()[-1]["step"] > resumed.metrics()[1]["step"]
+    assert (run.path / "loss.png").exists()
+    on(machine, resume, run, minutes=0.2)
+    assert not (run.path / "loss.png").exists(), "it has no time for a picture, and an old one would be untrue"
 
 
 def test_a_line_that_a_full_disk_cut_short_is_left_out(lab, on):
