@@ -31,11 +31,12 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+import quire
 from quire import checkpoint, files
 from quire.errors import UserError
 from quire.run import Run
 from quire.training.loop import Trainer
-from quire.training.train import resume, train
+from quire.training.train import resume
 
 TINY = {"layers": 1, "embedding_size": 16, "heads": 2, "context_length": 16}
 LONGEST = 0.5  # seconds from a child's start to its death, at most
@@ -47,7 +48,7 @@ def tiny_run(folder: Path) -> Run:
     text = folder / "text.txt"
     generator = random.Random(0)
     text.write_text("".join(generator.choice("abcdefgh \n") for _ in range(2000)))
-    run = train(
+    run = quire.train(
         str(text), run=folder / "run", preset="gpt-mini", model=TINY, steps=2, batch_size=4, threads=1, device="cpu"
     )
     resumed(run, lambda trainer: None, steps=1_000_000)

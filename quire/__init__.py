@@ -23,7 +23,7 @@ _FACE = {
     "TrainingSettings": "quire.training.settings",
     "DataSettings": "quire.data.reading",
     "UserError": "quire.errors",
-    "train": "quire.training.train",
+    "train": "quire.planning.train",
     "resume": "quire.training.train",
     "finetune": "quire.training.finetune",
     "plan": "quire.planning.plan",

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+import quire
 from quire import checkpoint, files
 from quire.errors import UserError
 from quire.run import Run, empty_model, token_type
 from quire.tokenizers import TOKENIZERS
-from quire.training import journal, train
+from quire.training import journal
 from quire.training.train import free_path, resume
 
 TINY = {"layers": 1, "embedding_size": 16, "heads": 2, "context_length": 16}
@@ -41,7 +42,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal, "plot_losses", lambda curves, axis, path: None)
         patch.setenv("QUIRE_CACHE", str(folder / "cache"))
-        train.train(str(folder / "text.txt"), run=folder / "run", model=TINY, steps=20, **SETTINGS)
+        quire.train(str(folder / "text.txt"), run=folder / "run", model=TINY, steps=20, **SETTINGS)
     return folder / "run"
 
 
@@ -142,10 +143,10 @@ def test_an_empty_prompt_starts_from_a_separator_that_is_known_well(run, separat
 
 def test_an_existing_run_is_never_overwritten(here):
     (here / "a.txt").write_text("some text to learn from. " * 40)
-    made = train.train("a.txt", run="mine", model=TINY, steps=10, **SETTINGS)
+    made = quire.train("a.txt", run="mine", model=TINY, steps=10, **SETTINGS)
     before = {path: path.read_bytes() for path in made.path.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"mine exists already.*or go on with it: quire resume mine"):
-        train.train("a.txt", run="mine", model=TINY, steps=10, **SETTINGS)
+        quire.train("a.txt", run="mine", model=TINY, steps=10, **SETTINGS)
     assert {path: path.read_bytes() for path in made.path.rglob("*") if path.is_file()} == before
 
 
@@ -158,14 +159,14 @@ def test_nothing_else_is_overwritten_either_nor_called_a_run(here, what):
         (here / "mine").mkdir()
         (here / "mine" / "thesis").write_text("precious")
     with pytest.raises(UserError, match=r"^mine exists already\. Name another --run\.$"):
-        train.train("a.txt", run="mine", model=TINY, steps=10, **SETTINGS)
+        quire.train("a.txt", run="mine", model=TINY, steps=10, **SETTINGS)
     assert (here / "mine" if what == "a file" else here / "mine" / "thesis").read_text() == "precious"
 
 
 def test_an_empty_folder_may_become_a_run(here):
     (here / "a.txt").write_text("some text to learn from. " * 40)
     (here / "mine").mkdir()
-    assert train.train("a.txt", run="mine", model=TINY, steps=10, **SETTINGS).metrics()
+    assert quire.train("a.txt", run="mine", model=TINY, steps=10, **SETTINGS).metrics()
 
 
 def test_a_disk_that_is_full_while_a_run_is_made_leaves_the_name_free(here, monkeypatch):
@@ -264,7 +265,7 @@ def test_text_from_a_pipe_is_kept_and_resumed_from(here, monkeypatch):
     text = "some text to learn from. " * 40
     (here / "more.txt").write_text("more of it, from a file. " * 10)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    made = train.train("-", "more.txt", model=TINY, steps=10, **SETTINGS)
+    made = quire.train("-", "more.txt", model=TINY, steps=10, **SETTINGS)
     assert made.path == Path("runs/standard-input")
     assert (made.path / "data" / "standard-input.txt").read_text() == text
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"something else")))

@@ -9,11 +9,12 @@ from tyro.conf import FlagConversionOff, OmitArgPrefixes
 from quire.cli.flags import Switch, value_of
 from quire.cli.models import amount
 from quire.cli.runs import size
-from quire.cli.train import Preset, StagedSettings, TextSettings, arguments, settings_of, threads, wanted_family
+from quire.cli.train import Preset, StagedSettings, TextSettings, arguments, settings_of, wanted_family
 from quire.config import Table
 from quire.models import ModelSettings
 from quire.planning.plan import Plan, planned
 from quire.planning.recipes import EXPORTABLE, FAMILIES, FASTEST, Prediction
+from quire.planning.train import threads
 from quire.training.settings import LENGTHS, Settings
 from quire.training.train import check_length
 

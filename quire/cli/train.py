@@ -13,12 +13,9 @@ from quire.cli.main import BEGAN
 from quire.config import PRESETS, Table, merged
 from quire.data.reading import DataSettings
 from quire.models import ModelSettings
-from quire.planning.plan import Chosen, follow
-from quire.planning.recipes import EXPORTABLE, FAMILIES, FASTEST, family
-from quire.progress import say
-from quire.run import refuse_existing
+from quire.planning.recipes import FASTEST, family
+from quire.planning.train import train_planned
 from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
-from quire.training.train import train_run
 
 T = TypeVar("T")
 
@@ -57,19 +54,12 @@ class Arguments:
 def run(words: list[str]) -> int:
     """Parse, plan where only the time is given, train, and show what came of it."""
     given = arguments(Arguments, words, "train")
-    settings, loaded = settings_of(given), None
     path = Path(given.run) if given.run else None
-    if wanted := wanted_family(words, given):
-        if path is not None:
-            refuse_existing(path)
 
-        def build(recipe: Table) -> Settings:
-            return settings_of(arguments(Arguments, words, "train", recipe))
+    def build(recipe: Table) -> Settings:
+        return settings_of(arguments(Arguments, words, "train", recipe))
 
-        found = follow(build, wanted, BEGAN)
-        settings, loaded = found.settings, found.loaded
-        say(sentence(found, wanted))
-    trained = train_run(settings, path, BEGAN, loaded)
+    trained = train_planned(build, wanted_family(words, given), path, BEGAN)
     return show_ending(trained, given.json)
 
 
@@ -101,26 +91,3 @@ def wanted_family(words: list[str], given: Any) -> str:
 def named_by(words: list[str]) -> str:
     """The flag that says what to train, or ""."""
     return next((flag for flag in ("--preset", "--config", "--model.kind") if value_of(words, flag)), "")
-
-
-def sentence(found: Chosen, wanted: str) -> str:
-    """What the planner chose, and why."""
-    settings = found.settings
-    model, training = settings.model, settings.training
-    changed = "" if found.recipe else ", changed by flags"
-    shape = f"{getattr(model, 'layers', '?')} layers of {getattr(model, 'embedding_size', '?')}"
-    lines = [
-        f"By plan{changed}: {FAMILIES[wanted]}, {shape}, context {model.context_length}, in batches of"
-        f" {training.batch_size} at rate {training.learning_rate:g}, tokenizer {training.tokenizer}. All of it is in"
-        " the run's config.toml."
-    ]
-    if found.speed:
-        lines.append(f"Measured: {1000 * found.speed.step_seconds:.0f} ms a step with {threads(found.speed.threads)}.")
-    if wanted == EXPORTABLE:
-        lines.append("With --fastest it would have n-grams beside it: usually a lower loss, but only Quire loads it.")
-    return "\n".join(lines)
-
-
-def threads(count: int) -> str:
-    """A number of threads in words."""
-    return f"{count} thread{'s' * (count != 1)}"

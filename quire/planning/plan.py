@@ -5,7 +5,7 @@ Chosen by the table of recipes, measured on real steps of the model chosen, pred
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,9 +91,18 @@ def plan(
 
     The other arguments are those of quire.train. Raises UserError where memory does not suffice.
     """
-    length = {"minutes": minutes} if minutes else {}
+    build, wanted = asked(
+        texts, preset, fastest, model, data, {**training, **({"minutes": minutes} if minutes else {})}
+    )
+    return planned(build, wanted)
+
+
+def asked(
+    texts: Sequence[str], preset: str, fastest: bool, model: Table | None, data: Table | None, training: Table
+) -> tuple[Callable[[Table], Settings], str]:
+    """What makes settings of a recipe and of these arguments over it, and the family to choose the recipe from."""
     text = {"text": list(texts)} if texts else {}
-    flags = {"model": model or {}, "data": {**(data or {}), **text}, "training": {**training, **length}}
+    flags = {"model": model or {}, "data": {**(data or {}), **text}, "training": training}
     kind = flags["model"].get("kind")
     named = f"preset {preset}" if preset else f"model kind {kind}" if kind else ""
     base: Table = {"model": {"kind": FASTEST}} if fastest and not named else {}
@@ -102,7 +111,7 @@ def plan(
         return typed(layered(preset or "default", flags=merged(merged(base, recipe), flags)))
 
     first = build({})
-    return planned(build, family(named, fastest, first.training, first.data))
+    return build, family(named, fastest, first.training, first.data)
 
 
 def planned(build: Callable[[Table], Settings], wanted: str) -> Plan:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,34 +26,13 @@ from quire.run import Run, refuse_existing
 from quire.training.clock import read_decisions
 from quire.training.curriculum import Curriculum, shortened
 from quire.training.loop import Trainer
-from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
+from quire.training.settings import LENGTHS, Settings, TrainingSettings
 from quire.training.texts import STANDARD_INPUT, find_data, given_text, load_data
 from quire.training.threads import find_threads
 from quire.training.verify import first_difference
 
 SHORTEST_CONTEXT = 8
 VERIFIED_STEPS = 6
-
-
-def train(
-    *texts: str,
-    run: str | Path | None = None,
-    preset: str = "default",
-    model: Table | None = None,
-    data: Table | None = None,
-    **training: Any,
-) -> Run:
-    """Train a model on `texts` (files, folders, globs, addresses, corpus names; none: the built-in corpus).
-
-    `model`, `data` and the other keywords are fields of the preset's model settings, DataSettings and
-    TrainingSettings, over those of the preset: `quire.train("book.txt", minutes=5, model={"layers": 6})`.
-    """
-    flags = {
-        "model": model or {},
-        "data": {**(data or {}), **({"text": list(texts)} if texts else {})},
-        "training": training,
-    }
-    return train_run(typed(layered(preset, flags=flags)), Path(run) if run is not None else None)
 
 
 @dataclass(frozen=True)

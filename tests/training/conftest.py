@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+import quire
 from quire import checkpoint, files
 from quire.run import Run
-from quire.training import journal, train
+from quire.training import journal
 from quire.training.loop import Trainer
 
 CLOCKS = ("seconds", "tokens_per_second", "memory_bytes")  # what may differ between two equal runs
@@ -40,7 +41,7 @@ class Lab:
         """`quire.train` of the text with the sizes above."""
         shape = {**self.MODEL, **(model or {})}
         path = self.folder / name
-        return train.train(str(self.text), run=path, preset="gpt-mini", model=shape, **{**self.TRAINING, **settings})
+        return quire.train(str(self.text), run=path, preset="gpt-mini", model=shape, **{**self.TRAINING, **settings})
 
     def killed(self, at: int, act: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         """Do `act`, which trains, and break it off in the middle of the step after step `at`."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import quire
 from quire.data.batches import Batches, Cursor
 from quire.errors import UserError
 from quire.run import Run
@@ -75,7 +76,7 @@ def texts(lab, monkeypatch) -> Callable[..., Run]:
     (lab.folder / "held-out.txt").write_text("".join(generator.choices("abcdefghijkl", k=200)))
 
     def act(name: str, **settings: Any) -> Run:
-        return train.train(
+        return quire.train(
             "alpha.txt", "beta.txt", "gamma.txt", run=lab.folder / name, preset="gpt-mini", model=dict(lab.MODEL),
             data={"validation": "held-out.txt"}, **{**lab.TRAINING, **settings},
         )  # fmt: skip

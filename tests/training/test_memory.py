@@ -6,13 +6,14 @@ import sys
 import pytest
 import torch
 
+import quire
 from quire import checkpoint
 from quire.cli.main import call
 from quire.evaluation.loss import total_loss
 from quire.generation.generate import Writer
 from quire.run import Run
 from quire.training.loop import Trainer
-from quire.training.train import resume, train
+from quire.training.train import resume
 from tests.training.conftest import assert_equal_tensors
 
 MESSAGES = [
@@ -92,7 +93,7 @@ def test_pairs_with_an_encoder_are_parted_too(lab, monkeypatch):
     shape = {"layers": 1, "encoder_layers": 1, "embedding_size": 16, "heads": 2}
     settings = {"run": None, "preset": "seq2seq-copy", "data": {"pairs": "copy"}, "threads": 1, "device": "cpu"}
     settings |= {"steps": 5, "epochs": 0, "minutes": 0, "sample_tokens": 0, "model": shape}
-    small = train(**{**settings, "run": lab.folder / "small", "batch_size": 4, "accumulation_steps": 2})
+    small = quire.train(**{**settings, "run": lab.folder / "small", "batch_size": 4, "accumulation_steps": 2})
     accumulated = Trainer.accumulated
 
     def limited(trainer, parts, counted):
@@ -102,7 +103,7 @@ def test_pairs_with_an_encoder_are_parted_too(lab, monkeypatch):
         return accumulated(trainer, parts, counted)
 
     monkeypatch.setattr(Trainer, "accumulated", limited)
-    run = train(**{**settings, "run": lab.folder / "run", "batch_size": 8, "accumulation_steps": 1})
+    run = quire.train(**{**settings, "run": lab.folder / "run", "batch_size": 8, "accumulation_steps": 1})
     assert run.checkpoint().state["divided"] == 2
     assert_equal_tensors(run.checkpoint().model, small.checkpoint().model)
 

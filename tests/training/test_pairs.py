@@ -43,7 +43,7 @@ def train_pairs(lab):
     def act(name: str, kind: str = "encoder-decoder", data: dict | None = None, **settings: Any) -> Run:
         model = {**KINDS[kind], "context_length": 16}
         data = {"pairs": "pairs.tsv", **(data or {})}
-        return train.train(run=lab.folder / name, model=model, data=data, **{**lab.TRAINING, **settings})
+        return quire.train(run=lab.folder / name, model=model, data=data, **{**lab.TRAINING, **settings})
 
     return act
 
@@ -180,7 +180,7 @@ def test_mistakes_are_named_before_a_run_is_made(lab, train_pairs):
     }  # fmt: skip
     for sentence, settings in mistakes.items():
         with pytest.raises(UserError, match=sentence):
-            train.train(run=lab.folder / "run", steps=3, **{**lab.TRAINING, **settings})
+            quire.train(run=lab.folder / "run", steps=3, **{**lab.TRAINING, **settings})
         assert not (lab.folder / "run").exists()
 
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import quire
 from quire import checkpoint, files
 from quire.cli.main import call
 from quire.errors import UserError
@@ -244,7 +245,7 @@ def test_a_resume_needs_neither_the_same_folder_nor_the_validation_file(lab, mon
     held_out.write_text(lab.text.read_text()[::-1] + "?")
 
     def started(name):
-        return train.train("text.txt", run=lab.folder / name, preset="gpt-mini", model=dict(lab.MODEL), **lab.TRAINING,
+        return quire.train("text.txt", run=lab.folder / name, preset="gpt-mini", model=dict(lab.MODEL), **lab.TRAINING,
                            steps=20, data={"validation": "held-out.txt"})  # fmt: skip
 
     straight = started("straight")
