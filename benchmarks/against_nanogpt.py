@@ -7,8 +7,8 @@ A cell is one thread pinned to one core; two may run at a time on two cores. nan
 same text and measured on the same held-out part, in two shapes; its learning rate is tuned over four values at one
 minute on two texts and then fixed. As it has no clock, its start and its steps are measured first (on a machine
 that is otherwise quiet, with as many workers as later), and it gets the steps whose CPU seconds, those of its whole
-process, are its minutes: never less than 97% of them. Of its checkpoints the one that predicts the held-out text best
-counts, and finding it costs none of its time. For Quire wall time counts,
+process, are its minutes: never less than 97% of them. Where an earlier checkpoint than the last predicts the
+held-out text better, that one counts, and finding it costs none of its time. For Quire wall time counts,
 from the command's start to its exit. Ten minutes are run on two texts. Prints a table; each cell is a line of the
 JSON lines file, and one that is there is not run again.
 """

@@ -65,11 +65,13 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What it ran on."""
     import torch
 
+    card = {"device": torch.cuda.get_device_name()} if device == "cuda" else {}
     return {
+        **card,
         "platform": platform.platform(),
         "processor": processor(),
         "cores": len(cores()),

@@ -56,7 +56,7 @@ def drawn(kept: dict[str, Run]) -> dict[str, list[Point]]:
     """Name -> points (seconds, loss): Quire's are ends of runs with the first seed, nanoGPT's are those of one run."""
     lines = {}
     for name, flags in OURS.items():
-        prefix = " ".join(["quire train", *flags, "--minutes "])
+        prefix = Runs.called(flags)
         mine = [run for key, run in kept.items() if key.startswith(prefix) and key.endswith(" --seed 1")]
         ends = sorted((run["wall_seconds"], run["loss"]) for run in mine)
         if ends:

@@ -11,8 +11,6 @@ Prints a table and writes JSON, row by row: rows that are there are kept unless 
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +25,7 @@ from quire.devices import set_threads  # before torch: the thread policy
 HERE = Path(__file__).resolve().parent
 
 import torch  # noqa: E402
+from command import environment, machine  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from quire.generation.generate import Writer  # noqa: E402
@@ -76,21 +75,11 @@ def main() -> None:
         if name in given.only or (not given.only and key not in known):
             with tempfile.TemporaryDirectory() as folder:
                 known[key] = measure(given, Path(folder))
-            machine = {"platform": platform.platform(), "processor": processor(), "threads": given.threads,
-                       "torch": torch.__version__}  # fmt: skip
             given.json.parent.mkdir(parents=True, exist_ok=True)
-            given.json.write_text(json.dumps({"machine": machine, "rows": known}, indent=1) + "\n")
+            about = {**machine(given.device), "threads": given.threads}
+            given.json.write_text(json.dumps({"machine": about, "rows": known}, indent=1) + "\n")
         for what, figure in known.get(key, {}).items():
             print(f"{key:12}{what:52}{figure:>12.2f}", flush=True)
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def reads(device: torch.device) -> float:
@@ -223,8 +212,7 @@ def start(given: argparse.Namespace, folder: Path) -> Row:
     model = build_model(MODELS["gpt"].Settings(**wide))
     weights = list(model.named_parameters())
     run = create(Foreign(wide, weights, letters, {"path": "random"}), folder / "run")
-    places = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-    quiet: Row = {"env": {**os.environ, "PYTHONPATH": places}, "stdout": subprocess.DEVNULL, "check": True}
+    quiet: Row = {"env": environment(), "stdout": subprocess.DEVNULL, "check": True}
     written = ["generate", str(Path(run.path)), "--prompt", "the owl", "--tokens", "1", "--device", "cpu"]
     row: Row = {"million parameters": sum(p.numel() for _, p in weights) / 1e6}
     for what, words in {"--help": ["--help"], "generate, 1 token": written}.items():

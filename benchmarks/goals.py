@@ -5,7 +5,8 @@
 Losses are nats per character over the whole held-out last tenth; times are of the whole process, from start to exit,
 start-up and evaluations included. A run has a learning rate that falls to nothing at its end, so the time to a loss is
 the smallest --minutes whose run ends at or below it, with every one of three seeds; found among the row's minutes by
-bisection. Runs over ten minutes are made with one seed. Rows and runs that the JSON file has are not made again.
+bisection. Runs over ten minutes are made with one seed. Rows and runs that the JSON file has are not made again:
+delete it once the recipes have changed.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def main() -> None:
 def make(name: str, row: Row, runs: Runs) -> None:
     """One row, unless it is there and was made in the same way."""
     rows = runs.kept.setdefault("rows", {})
-    if name in rows and rows[name]["made_by"] == row.made_by():
+    if name in rows and rows[name]["made_by"] == row.made_by() and row.measure is not best:
         return
     found = row.measure(row, runs)
     if found:

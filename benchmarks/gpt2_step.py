@@ -9,8 +9,9 @@ on a CPU, 16 of 1,024 under bfloat16 autocast on a GPU.
 
 Every round trains each of them for some steps in a process of its own, so that what slows the machine down meets all.
 Right before and after them the same process multiplies matrices of the model's shapes: the best of them is the peak.
-What a step reaches of it counts 6 N + 12 L C T operations a token, N without position embeddings (Chowdhery et al.
-2022, appendix B; nanoGPT's formula). Ratios are medians over the rounds, each to nanoGPT compiled in the same round.
+What a step reaches of it counts 6 N + 12 L C T operations a token, for N parameters without position embeddings, L
+layers, C channels, T tokens of context (Chowdhery et al. 2022, appendix B; nanoGPT's formula). Ratios are medians over
+the rounds, each to nanoGPT compiled in the same round.
 
 A contender's finished rounds are not measured again: delete the JSON to begin anew. llm.c is left out: its CPU program
 reads a checkpoint that it must download, and was several times slower than PyTorch on the machine where it was tried.
@@ -20,8 +21,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import machine
 from torch import Tensor, nn
 
 from quire.data.batches import Batch
@@ -99,15 +99,6 @@ def measure_missing(given: argparse.Namespace, path: Path) -> dict[str, dict[str
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record, indent=1) + "\n")
     return record["cells"]
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What measures."""
-    return {
-        "platform": platform.platform(), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__,
-        "vectors": torch.backends.cpu.get_cpu_capability(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-    }  # fmt: skip
 
 
 def show(cells: dict[str, dict[str, Any]], given: argparse.Namespace) -> None:

@@ -20,6 +20,11 @@ CPU_RECIPE: Settings = {  # its README: "I only have a macbook"
     "device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 1, "block_size": 64, "batch_size": 12,
     "n_layer": 4, "n_head": 4, "n_embd": 128, "max_iters": 2000, "lr_decay_iters": 2000, "dropout": 0.0,
 }  # fmt: skip
+PATCHES = {  # of its train.py: each checkpoint has a name of its own; its seed and the clock of its log are given
+    "'ckpt.pt'))": "f'ckpt-{iter_num}.pt'))",
+    "manual_seed(1337": "manual_seed(int(os.environ['SEED'])",
+    "time.time()": "getattr(time, os.environ['CLOCK'])()",
+}
 FOLDER, OUT = "data/shakespeare_char", "out-shakespeare-char"  # where its configuration looks, and writes
 
 
@@ -38,13 +43,14 @@ class Peer:
 
     @classmethod
     def copied(cls, checkout: Path, folder: Path, text: str) -> "Peer":
-        """The copy in `folder`; each of its checkpoints gets a name of its own, so that the best can be found,
-        and its seed and the clock of its log come from outside."""
+        """The copy in `folder`, with PATCHES in its train.py."""
         shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns(".git"))
         script = folder / "train.py"
-        lines = script.read_text().replace("'ckpt.pt'))", "f'ckpt-{iter_num}.pt'))")
-        lines = lines.replace("manual_seed(1337", "manual_seed(int(os.environ['SEED'])")
-        script.write_text(lines.replace("time.time()", "getattr(time, os.environ['CLOCK'])()"))
+        lines = script.read_text()
+        for theirs, ours in PATCHES.items():
+            assert theirs in lines, f"{script} has no {theirs}"
+            lines = lines.replace(theirs, ours)
+        script.write_text(lines)
         training, held_out = cut(text)
         letters = sorted(set(text))
         ids = {letter: number for number, letter in enumerate(letters)}
@@ -65,9 +71,8 @@ class Peer:
         return measured(command, self.folder, core, SEED=str(seed), CLOCK=clock)
 
     def loss(self) -> tuple[float, int]:
-        """Nats per character over the whole held-out text of its best checkpoint, and that one's step.
-
-        Looks at the last, and further back while that is better: which costs it none of its time.
+        """Nats per character over the whole held-out text of its last checkpoint, and that one's step; of an earlier
+        one where that is better: it looks back until one is worse, which costs it none of its time.
         """
         steps = sorted(
             (int(path.stem.partition("-")[2]) for path in (self.folder / OUT).glob("ckpt-*.pt")), reverse=True

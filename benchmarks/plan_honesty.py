@@ -9,16 +9,13 @@ already are not done again. The sweep that the predictions are fitted to (benchm
 
 import argparse
 import json
-import os
-import platform
 import resource
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from command import ROOT, quire
+from command import ROOT, machine, quire
 from texts import six_texts
 
 TIME_SHARE, TIME_SECONDS, BITS_SHARE = 0.05, 3.0, 0.05  # the promise: within this share of the time, or these seconds
@@ -70,7 +67,6 @@ def main() -> None:
     parser.add_argument("--fastest", action="store_true", help="the recipes with n-grams beside it")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "plan_honesty.json")
     given = parser.parse_args()
-    machine = {"platform": platform.platform(), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
     rows = json.loads(given.json.read_text())["rows"] if given.json.exists() else []
     done = {(row["text"], row["minutes"], row["fastest"]) for row in rows}
     print(
@@ -85,7 +81,7 @@ def main() -> None:
                 rows.append(cell(name, text, minutes, given.fastest))
                 show(rows[-1])
                 given.json.parent.mkdir(parents=True, exist_ok=True)
-                given.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+                given.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     results = [kept(row) for row in rows]
     print(f"Of {len(rows)}: {sum(met for met, _ in results)} times met, {sum(ok for _, ok in results)} bits per byte.")
 

@@ -125,6 +125,18 @@ def memory_bytes() -> int:
         return 0
 
 
+def memory_limit(device: Any) -> int:
+    """Bytes that a training may use here: the GPU's, or this machine's and its control group's; 0: not known."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limit = memory_bytes()
+    group = Path("/sys/fs/cgroup/memory.max")
+    text = group.read_text().strip() if os.access(group, os.R_OK) else "max"
+    return min(limit or int(text), int(text)) if text.isdigit() else limit
+
+
 def peak_memory(device: Any) -> int:
     """The most memory in use so far, in bytes: the GPU's allocations, or the process's resident set."""
     import torch

@@ -210,7 +210,7 @@ class Run:
             tables = checkpoint.read_tensors(self.path / COUNTS, sums)
             where = torch.device("cpu") if device.type == "mps" else device  # which has no float64
             separator = self.settings.separator if self.settings.separate_documents else None
-            model.counts = KneserNey.restored(tables, self.settings.vocabulary_size, where, separator)
+            model.counts = KneserNey.from_tables(tables, self.settings.vocabulary_size, where, separator)
         return model
 
 

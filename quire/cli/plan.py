@@ -14,8 +14,8 @@ from quire.config import Table
 from quire.models import ModelSettings
 from quire.planning.plan import Plan, planned
 from quire.planning.recipes import EXPORTABLE, FAMILIES, FASTEST, Prediction
-from quire.planning.train import threads
 from quire.training.settings import LENGTHS, Settings
+from quire.training.threads import in_words
 from quire.training.train import check_length
 
 
@@ -58,6 +58,7 @@ def told(plan: Plan) -> list[str]:
     if plan.matrix_learning_rate is not None:
         rate += f" ({plan.matrix_learning_rate:g} for matrices)"
     measured = "measured uncompiled" if plan.device.startswith("cuda") else "measured"
+    where = f"{plan.device}, {in_words(plan.threads)}"
     lines = [
         row("text", f"{plan.text}: {size(plan.bytes)} to train on; counting alone gives {best:.3f} bits per byte"),
         row("tokenizer", f"{plan.tokenizer}, vocabulary {plan.vocabulary_size:,}"),
@@ -66,7 +67,7 @@ def told(plan: Plan) -> list[str]:
         row("training", f"batch {plan.batch_size}, learning rate {rate}, {steps(plan)}, {epochs(plan)}"),
         row("arithmetic", f"{amount(plan.flops_per_token)} operations a token, forward and backward"),
         row("memory", f"{total(plan.memory, size)}; there is {size(plan.memory_limit) if plan.memory_limit else '?'}"),
-        row("speed", f"{milliseconds(plan.step_seconds)} a step on {plan.device}, {threads(plan.threads)}, {measured}"),
+        row("speed", f"{milliseconds(plan.step_seconds)} a step on {where}, {measured}"),
         row("time", f"{plan.seconds / 60:.3g} minutes, from start to exit"),
         row("expected", expected(plan.prediction)),
     ]

@@ -42,7 +42,7 @@ class Arguments:
     """Train a model on TEXT and write it into a run directory. Flags over --config over --preset."""
 
     run: str = ""  # the run directory; without it runs/NAME after the first text
-    preset: Preset = "default"  # where settings start from; where only --minutes is given, the planner chooses them
+    preset: Preset = "default"  # where settings start from; without it and --steps, the planner chooses them
     config: str = ""  # a TOML file over the preset, for example another run's config.toml
     fastest: Switch = False  # a recipe with n-grams beside the network: usually a lower loss; only Quire can load it
     json: Switch = False  # print one JSON object on standard output at the end, and nothing else there

@@ -25,7 +25,7 @@ class FixedLinear(Linear):
 
     def __init__(self, linear: Linear, weights: Weights) -> None:
         nn.Module.__init__(self)
-        self.bias: Any = linear.bias  # shared, like the weight; that also where it is tied
+        self.bias: Any = linear.bias  # shared with the Linear, and so is a float32 weight, which may be tied
         self.weight: Any = linear.weight
         scale: Tensor | None = None
         if weights == "int8":
@@ -35,8 +35,7 @@ class FixedLinear(Linear):
         self.register_buffer("scale", scale)
         self.product = Product(self.weight, self.bias, scale)
 
-    def forward(self, x: Tensor, padded: bool = False) -> Tensor:
-        """`padded` asks an OutputHead for columns without probability; there are none here, which is the same."""
+    def forward(self, x: Tensor) -> Tensor:
         return self.product(x.detach())
 
     def backward(self, grad: Tensor) -> Any:

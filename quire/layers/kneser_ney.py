@@ -2,9 +2,9 @@
 
     p_n(w | h) = (max(c(h w) - D(c(h w)), 0) + g(h) p_(n-1)(w | h')) / c(h),     h' is h without its first token
 
-(Kneser and Ney 1995; Chen and Goodman 1999, section 3). c are counts at the highest order; below it, they are
-continuation counts: how many different tokens stand before (h w). D takes one of three values, for counts of 1, 2 and
-more; g(h) is all that D took from what follows h; p_0 is 1 / V.
+for a token w after the tokens h (Kneser and Ney 1995; Chen and Goodman 1999, section 3). c are counts at the highest
+order; below it, they are continuation counts: how many different tokens stand before (h w). D takes one of three
+values, for counts of 1, 2 and more; g(h) is all that D took from what follows h; p_0 is 1 / V.
 
 The n-grams of an order are numbered, sorted by their context (the number of the (n-1)-gram that they begin with) and
 then by their last token: a number is found by bisection, and all that may follow a context stands in one piece.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 COUNTS_OF_COUNTS = 4  # how many n-grams were seen once, twice, three times, four times: the discounts follow
-FEW = 0.5  # the discount where any of them is zero, as for the characters of a long text
+FALLBACK = 0.5  # the discount where any of them is zero, as for the characters of a long text
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class KneserNey:
         """The model of these orders: how often the longest n-grams occur, and how the shorter ones are continued."""
         counts = [each.continued for each in grams[:-1]] + [grams[-1].counts]
         named = _named([(each.keys, own) for each, own in zip(grams, counts, strict=True)])
-        return cls.restored(dict(named), vocabulary_size)
+        return cls.from_tables(dict(named), vocabulary_size)
 
     def tables(self) -> dict[str, Tensor]:
         """What it was counted from, by name: keys (int64) and counts (int32) of each order."""
         return dict(_named([(order.keys.numpy(), order.counts.numpy()) for order in self.orders]))
 
     @classmethod
-    def restored(
+    def from_tables(
         cls,
         tables: dict[str, Tensor],
         vocabulary_size: int,
@@ -144,9 +144,9 @@ class KneserNey:
 def discounts(counts: Tensor) -> Tensor:
     """What is taken from a count of 0 (nothing), 1, 2 and more: (4,), float64 (Chen and Goodman 1999, equation 26)."""
     found = torch.bincount(counts[counts <= COUNTS_OF_COUNTS], minlength=COUNTS_OF_COUNTS + 1).tolist()
-    result = [0.0, FEW, FEW, FEW]
+    result = [0.0, FALLBACK, FALLBACK, FALLBACK]
     if all(found[1:]):
-        share = found[1] / (found[1] + 2 * found[2])
+        share = found[1] / (found[1] + 2 * found[2])  # below: nothing is left whole, and nothing taken away
         result[1:] = [min(max(k - (k + 1) * share * found[k + 1] / found[k], 0.05), k - 0.05) for k in (1, 2, 3)]
     return torch.tensor(result, dtype=torch.float64, device=counts.device)
 

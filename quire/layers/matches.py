@@ -1,12 +1,13 @@
 """What stood in the window already: earlier places that read the same vote for what came next there.
 
-    p(w | h) = (p_0(w | h) + sum_j v(m_j) [x_j = w]) / (1 + sum_j v(m_j)),     v(m) = 1 / (1 + e^(L - m))
+    p(w | h) = (p_0(w | h) + sum_j v_j [x_j = w]) / (1 + sum_j v_j),     v_j = s(m_j) / max(1, sum_i s(m_i)),
+    s(m) = 1 / (1 + e^(L - m))
 
-over the earlier places j of the window, m_j being how many tokens before j are those before the one to be predicted;
-p_0 is what everything else says, and has one vote. A place has half a vote at m = L, and none below m = L / 2: by
-chance, texts agree that far anywhere. Where there are more votes than one, each counts for less, so that they have one
-together: a phrase that came back ten times is no surer than one that came back twice, and who writes does not repeat it
-for ever.
+over the earlier places j of the window; m_j says how many tokens right before j equal those right before the
+prediction (2 L at most are compared). p_0 is what everything else says, and has one vote. A place has half a vote at
+m = L, and none below m = L / 2: by chance, texts agree that far anywhere. Where there are more votes than one, each
+counts for less, so that they have one together: a phrase that came back ten times is no surer than one that came back
+twice, and who writes does not repeat it for ever.
 
 Names, phrases and lines of code come back within a page, and a network of a few minutes has not learned to copy them.
 

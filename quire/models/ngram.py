@@ -36,7 +36,7 @@ from quire.models.modern import Modern, ModernSettings
 FEWEST, MOST = 1 << 10, 1 << 17  # rows of an order's table, where nothing else is said
 TOKENS_A_ROW = 8  # of the training text, about: the row count is the power of two above
 TINY = 1e-30  # the least probability there is a logarithm of
-MOST_COUNTED = 1 << 21  # tokens of the training text, the last ones: three seconds and some 40 MB of counts
+MOST_COUNTED = 1 << 21  # tokens of the training text, the last ones: two or three seconds and some 40 MB of counts
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class NgramSettings(ModernSettings):
 
 
 class Ngram(Modern):
-    """A modern decoder whose input is a token's vector and those of the n-grams that it ends."""
+    """A modern decoder whose input is a token's vector and those of the n-grams that it ends; in evaluation mode, what
+    it predicts is mixed with counts and matches."""
 
     Settings = NgramSettings
     Cache = NgramCache

@@ -10,7 +10,6 @@ from statistics import median
 import torch
 
 from quire.data.prepare import Prepared
-from quire.devices import memory_bytes
 from quire.evaluation.loss import GPU_TOKENS
 from quire.run import Run
 from quire.training.loop import Trainer
@@ -28,7 +27,7 @@ class Speed:
     """What a training step takes, in wall seconds, with so many threads, and measuring the whole held-out text; a
     sentence where other programs compute too.
 
-    `cpu_seconds` are those of a step of one thread, None where more were tried.
+    `cpu_seconds` are those of a step, all threads together; None where several numbers of threads were tried.
     """
 
     threads: int
@@ -92,13 +91,3 @@ def contention(first: Reading | None) -> str | None:
     """A sentence where other programs held this one up since the first reading."""
     last = reading()
     return judged(first, last, os.cpu_count() or 1) if first and last else None
-
-
-def memory_limit(device: torch.device) -> int:
-    """Bytes that a training may use here: the GPU's, or this machine's and its control group's; 0: not known."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    limit = memory_bytes()
-    group = Path("/sys/fs/cgroup/memory.max")
-    text = group.read_text().strip() if os.access(group, os.R_OK) else "max"
-    return min(limit or int(text), int(text)) if text.isdigit() else limit

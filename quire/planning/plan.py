@@ -13,13 +13,13 @@ import torch
 
 from quire.config import Table, merged, to_table
 from quire.data.prepare import Prepared
-from quire.devices import choose_device, usable_cores
+from quire.devices import choose_device, memory_limit, usable_cores
 from quire.errors import UserError
 from quire.planning.cost import Cost, cost_of
-from quire.planning.machine import Speed, measured, memory_limit
+from quire.planning.machine import Speed, measured
 from quire.planning.measure import Measure, measure
 from quire.planning.recipes import EXPORTABLE, FASTEST, Prediction, chosen, family, predicted, table
-from quire.training.clock import BESIDE_SECONDS, EVALUATIONS, EXIT_SECONDS, evaluations
+from quire.training.clock import EXIT_SECONDS, default_interval, evaluations, seconds_beside
 from quire.training.curriculum import shortened
 from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
 from quire.training.texts import given_text, prepared_from, read_texts
@@ -150,34 +150,36 @@ def minutes_of(settings: Settings) -> float:
 def choose(
     build: Callable[[Table], Settings], first: Settings, wanted: str, device: torch.device, began: float | None = None
 ) -> Chosen:
-    """The recipe for what this machine does in the minutes: by the speed of the table's, then by the speed measured.
+    """The recipe for what this machine does in the minutes: the table's for a machine like the sweep's, and where steps
+    of that one are faster or slower here, the table's for so much more or less time.
 
-    In short trainings, and those whose length is not in minutes, the table decides alone. A plan measures all the
-    same; a training, which `began` at that time, only otherwise, and for a share of the time that is left. `first` is
-    what `build` makes of no recipe.
+    In short trainings, and those whose length is not in minutes, the first choice stands. A training, which `began` at
+    that time, then measures nothing, and otherwise for a share of the time that is left; a plan always measures.
+    `first` is what `build` makes of no recipe.
     """
     first, piped = given_text(first)
     corpus, held_out = read_texts(first, piped)
     try:
-        size, power, seconds, speed = corpus.documents.sizes[0], 1.0, 60 * minutes_of(first), None
+        size, seconds, speed = corpus.documents.sizes[0], 60 * minutes_of(first), None
+        power = 1.0  # core-seconds of the sweep that a second is worth here
         by_table = length_of(first) or minutes_of(first) < UNMEASURED_MINUTES
         measuring = MEASURING_SECONDS
         if began is not None:
             left = 0.0 if by_table else max(0.0, seconds - (time.time() - began))
             measuring = min(measuring, MEASURING_SHARE * left)
-        for last in (by_table, True):
+        for last in (by_table, True):  # a second choice where measuring calls for one
             recipe = chosen(wanted, seconds * power, size) if wanted else ""
             settings = within_context(replace(build(table()["recipes"].get(recipe, {})), data=first.data), recipe)
-            own = bool(recipe) and holds(settings, recipe)
+            unchanged = bool(recipe) and holds(settings, recipe)
             settings, prepared = fitted(*prepared_from(settings, corpus, held_out))
-            if not measuring and own:  # no time for it: what the table has for so short a time fits anywhere
+            if not measuring and unchanged:  # no time for it: what the table has for so short a time fits anywhere
                 break
             cost = cost_of(settings, device)
             refuse_too_large(cost, settings, device)
             if not measuring:
                 break
             speed = measured_step(settings, prepared, cost, device, measuring)
-            reference = table()["step_seconds"].get(recipe) if own else None
+            reference = table()["step_seconds"].get(recipe) if unchanged else None
             if last or not reference:  # another model's steps say nothing of a recipe's
                 break
             power = reference / speed.step_seconds
@@ -185,7 +187,7 @@ def choose(
                 break
     finally:
         corpus.close()
-    return Chosen(settings, Loaded(prepared, corpus.origins, piped), recipe if own else "", speed)
+    return Chosen(settings, Loaded(prepared, corpus.origins, piped), recipe if unchanged else "", speed)
 
 
 def within_context(settings: Settings, recipe: str) -> Settings:
@@ -293,8 +295,8 @@ def seconds_evaluating(training: TrainingSettings, speed: Speed, seconds: float,
     training/clock.py assumes before it knows better: for sample, plot and saving, in a run of a minute or more the
     seconds of one of a minute. How many there are follows the clock's rule; by steps, at each interval and at the end.
     """
-    each = speed.evaluation_seconds + BESIDE_SECONDS * min(1.0, seconds / 60 if seconds else 1.0)
-    interval = training.evaluation_interval or max(10, math.ceil(steps / EVALUATIONS))
+    each = speed.evaluation_seconds + seconds_beside(seconds / 60 if seconds else 1.0)
+    interval = training.evaluation_interval or default_interval(steps)
     return each * (evaluations(seconds, each) if seconds else math.ceil(steps / interval))
 
 
@@ -309,7 +311,7 @@ class WhatIf:
     def at(self, times: float, other: str = "") -> dict[str, Any] | None:
         """The recipe and the prediction for so many times the core-seconds, of this family or another."""
         kind, core_seconds = other or self.family, times * self.core_seconds
-        found = predicted(kind, core_seconds, self.text.bytes, list(self.text.counted)) if kind else None
+        found = predicted(kind, core_seconds, self.text.bytes, list(self.text.counted))
         if found is None:
             return None
         return {"times": times, "recipe": chosen(kind, core_seconds, self.text.bytes), "prediction": found}

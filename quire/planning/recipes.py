@@ -21,15 +21,15 @@ from quire.training.settings import TrainingSettings
 TABLE = Path(__file__).with_name("recipes.json")
 EXPORTABLE, FASTEST = "modern", "ngram"  # the families of recipes: kinds of models
 FAMILIES = {EXPORTABLE: "a pure Transformer", FASTEST: "a Transformer with n-grams beside it"}
-OCTAVES_A_SIZE = 0.5  # how much a factor of two in the text's size counts, beside one in the time
-
-FARTHEST = 4.0  # a prediction goes no farther beyond what was measured than by this factor, and stays there
+SIZE_WEIGHT = 0.5  # how much a factor of two in the text's size counts, beside one in the time
+NEAR = 1.5  # within this factor of what was measured, a prediction is no extrapolation
+FARTHEST = 4.0  # it goes no farther beyond what was measured than by this factor, and stays there
 
 
 @dataclass(frozen=True)
 class Prediction:
     """Bits per byte of the held-out text, in a range of one standard deviation: that of texts which were left out of
-    the fit; `extrapolated` where time or text are outside what was measured."""
+    the fit; `extrapolated` where time or text are well outside what was measured."""
 
     bits_per_byte: float
     low: float
@@ -71,13 +71,17 @@ def chosen(family: str, core_seconds: float, size: int) -> str:
 
     def distance(place: Any) -> float:
         time = math.log2(max(core_seconds, 1.0) / place["core_seconds"])
-        return abs(time) + OCTAVES_A_SIZE * abs(math.log2(max(size, 1) / place["bytes"]))
+        return abs(time) + SIZE_WEIGHT * abs(math.log2(max(size, 1) / place["bytes"]))
 
     return min(places, key=distance)["recipe"]
 
 
 def features(core_seconds: float, size: int, counted: list[float]) -> np.ndarray:
-    """What the bits per byte are predicted from: (7,). `counted` are those of Kneser-Ney at the orders 2 to 6."""
+    """What the bits per byte are predicted from: (7,). `counted` are those of Kneser-Ney at the orders 2 to 6.
+
+    ln(bits per byte / best) = a + b ln s + c ln^2 s + d ln n + e ln s ln n + f ln(best) + g ln(order 2 / best), with s
+    core-seconds, n bytes of text and `best` the least of `counted`.
+    """
     time, length, best = math.log(core_seconds), math.log(size), min(counted)
     order = math.log(counted[0] / best)
     return np.array([1.0, time, time**2, length, time * length, math.log(best), order])
@@ -89,7 +93,7 @@ def predicted(family: str, core_seconds: float, size: int, counted: list[float])
     if found is None or core_seconds <= 0:
         return None
     ranges = ((core_seconds, found["core_seconds"]), (size, found["bytes"]))
-    outside = any(not low / 1.5 <= value <= high * 1.5 for value, (low, high) in ranges)
+    outside = any(not low / NEAR <= value <= high * NEAR for value, (low, high) in ranges)
     near = [min(max(value, low / FARTHEST), high * FARTHEST) for value, (low, high) in ranges]
     center = min(counted) * math.exp(float(features(near[0], round(near[1]), counted) @ found["coefficients"]))
     spread = math.exp(found["deviation"])

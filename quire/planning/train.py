@@ -11,6 +11,7 @@ from quire.planning.recipes import EXPORTABLE, FAMILIES
 from quire.progress import say
 from quire.run import Run, refuse_existing
 from quire.training.settings import Settings
+from quire.training.threads import in_words
 from quire.training.train import train_run
 
 
@@ -59,12 +60,7 @@ def choice(found: Chosen, wanted: str) -> str:
         " the run's config.toml."
     ]
     if found.speed:
-        lines.append(f"Measured: {1000 * found.speed.step_seconds:.0f} ms a step with {threads(found.speed.threads)}.")
+        lines.append(f"Measured: {1000 * found.speed.step_seconds:.0f} ms a step with {in_words(found.speed.threads)}.")
     if wanted == EXPORTABLE:
         lines.append("With --fastest it would have n-grams beside it: usually a lower loss, but only Quire loads it.")
     return "\n".join(lines)
-
-
-def threads(count: int) -> str:
-    """A number of threads in words."""
-    return f"{count} thread{'s' * (count != 1)}"

@@ -4,10 +4,12 @@ Under --minutes the progress of a run (0 to 1) is a field of its state that grow
 corrects the rate only at a decision: after a few steps, when a step's cost is known, at each evaluation, and each
 time a quarter of the steps that remain is done, so that the corrections get closer towards the end. Every decision is
 a line of decisions.jsonl; where one for a step is on record it is taken from there, not from the clock, so that a
-resumed or repeated run is the same, bit for bit.
+resumed or repeated run is the same, bit for bit. Where the machine slows down so much that the time is past before the
+schedule is, training is broken off.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -53,6 +55,16 @@ def read_decisions(path: Path) -> dict[int, Decision]:
 def evaluations(total_seconds: float, evaluation_seconds: float) -> int:
     """How many evaluations, of so many seconds each, a run of `total_seconds` makes: at least the last one."""
     return max(1, min(EVALUATIONS, int(EVALUATION_SHARE * total_seconds / max(evaluation_seconds, 1e-9))))
+
+
+def seconds_beside(minutes: float) -> float:
+    """What an evaluation takes beside measuring the held-out text, foreseen: shorter runs write and draw less."""
+    return BESIDE_SECONDS * min(1.0, minutes)
+
+
+def default_interval(steps: int) -> int:
+    """Steps between the evaluations of a training of so many steps."""
+    return max(10, math.ceil(steps / EVALUATIONS))
 
 
 class Clock:
@@ -116,7 +128,7 @@ class Clock:
             if taken < PROBE_STEPS and not (taken >= 2 and taken * step_seconds > PROBE_SHARE * total):
                 return None
         if not self.evaluation_seconds:
-            self.evaluation_seconds = foreseen() + BESIDE_SECONDS * min(1.0, state.minutes)
+            self.evaluation_seconds = foreseen() + seconds_beside(state.minutes)
         if state.rate == 0:
             self._warn(total)
         evaluation = self.evaluation_seconds
@@ -127,13 +139,13 @@ class Clock:
             return Decision(state.step, 1.0, 1.0, state.step, state.step)
         if state.rate and not evaluated and state.step < state.next_decision:
             return None
-        count = evaluations(total, evaluation)
-        target = state.progress + (state.next_evaluation - state.step) * state.rate  # of the next evaluation
+        count = evaluations(total, evaluation)  # of the whole run
+        target = state.progress + (state.next_evaluation - state.step) * state.rate  # progress at the next evaluation
         if state.rate == 0 or evaluated:
             target = state.progress + 1 / count
         if 1 - target < 0.5 / count:
             target = 1.0
-        left -= round((1 - target) * count) * evaluation  # those before the last
+        left -= round((1 - target) * count) * evaluation  # those before the last; what remains is for training steps
         steps = max(1, int(left / max(step_seconds, 1e-9)))
         rate = (1 - state.progress) / steps
         until = max(1, round((target - state.progress) / rate))

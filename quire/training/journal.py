@@ -21,7 +21,7 @@ from quire.training.settings import TrainingSettings
 from quire.training.state import TrainingState
 
 SAMPLE = re.compile(r"held-out loss .*\n\n(`{3,})text\n(.*?)\n\1\n", re.DOTALL)
-PLOT_SECONDS = 30.0  # between two plots, and of a training that has one: the first takes a second or two
+PLOT_SECONDS = 30.0  # between two plots; a shorter training has none, since the first takes a second or two
 SAMPLE_RATE = 2  # tokens of a sample at most for each second of --minutes
 
 

@@ -25,7 +25,7 @@ from quire.layers.layer import Block
 from quire.progress import Update, bar, say
 from quire.run import Run
 from quire.training import state as states
-from quire.training.clock import Clock
+from quire.training.clock import Clock, default_interval
 from quire.training.curriculum import Curriculum
 from quire.training.engines import ENGINES
 from quire.training.journal import Journal
@@ -277,6 +277,7 @@ class Trainer:
         if self.settings.sample_tokens:
             self.journal.sample(state, self.model, self.validation, loss)
         if not state.end and not state.finished:
+            # So far it has neither drawn nor saved: where the last one took longer in all, that is the better guess.
             self.clock.evaluation_seconds = max(self.clock.evaluation_seconds, time.monotonic() - began)
             self.clock.decide(state, self.foreseen_evaluation)
             state.finished = state.progress > 1 - 1e-9
@@ -306,7 +307,7 @@ class Trainer:
 
     def interval(self) -> int:
         """Steps between evaluations in a stretch whose length is known."""
-        return self.settings.evaluation_interval or max(10, math.ceil((self.state.end - self.state.start) / 10))
+        return self.settings.evaluation_interval or default_interval(self.state.end - self.state.start)
 
     def be_patient(self) -> None:
         """Count evaluations without a better loss; past the patience, lower the learning rate or stop."""

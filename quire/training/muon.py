@@ -38,9 +38,11 @@ def newton_schulz(matrices: Tensor, rounds: int = 5, dtype: torch.dtype | None =
 class Muon(Eager):
     """Muon with Nesterov momentum and decoupled weight decay, for parameters that are matrices.
 
-    The step is scaled by 0.2 * sqrt(max(rows, columns)), which gives it the size of an AdamW step (Liu et al. 2025),
-    so that learning rates of one size serve both. Equal to torch.optim.Muon(adjust_lr_fn="match_rms_adamw") in
-    bfloat16.
+    B <- m B + (1 - m) G,   U = (1 - m) G + m B,   W <- (1 - lr weight_decay) W - 0.2 lr sqrt(max(rows, columns)) NS(U)
+
+    for gradient G, momentum m and newton_schulz NS. The factor 0.2 sqrt(max(rows, columns)) gives the step the size of
+    one of AdamW's (Liu et al. 2025), so that learning rates of one size serve both. Equal to
+    torch.optim.Muon(adjust_lr_fn="match_rms_adamw") in bfloat16.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from quire.training import state as states
 if TYPE_CHECKING:
     from quire.training.loop import Trainer
 
-NEARLY = 1.05  # a number of threads that takes at most so much longer than the fastest is as good, if it is smaller
+NEARLY = 1.05  # of two numbers of threads the smaller one is taken, where it takes at most so much longer
 TRIED_SHARE, TRIED_SECONDS = 0.015, 30.0  # of the time of a run go into measuring, if it is as long as that
 ROUNDS = 5  # of measurements, at most
 WATCHED_SECONDS = 3.0  # after which contention is judged
@@ -39,6 +39,11 @@ def thread_candidates() -> list[int]:
     """All cores that this process may use, half of them (where two share one physical core), and one."""
     cores = usable_cores()
     return sorted({cores, max(1, cores // 2), 1}, reverse=True)
+
+
+def in_words(threads: int) -> str:
+    """A number of threads in words."""
+    return f"{threads} thread{'s' * (threads != 1)}"
 
 
 def measured_threads(step: Callable[[], object], candidates: Sequence[int], seconds: float) -> Measured:

@@ -28,7 +28,7 @@ from quire.training.curriculum import Curriculum, shortened
 from quire.training.loop import Trainer
 from quire.training.settings import LENGTHS, Settings, TrainingSettings
 from quire.training.texts import STANDARD_INPUT, find_data, given_text, load_data
-from quire.training.threads import find_threads
+from quire.training.threads import find_threads, in_words
 from quire.training.verify import first_difference
 
 SHORTEST_CONTEXT = 8
@@ -335,11 +335,11 @@ def describe(settings: Settings, prepared: Prepared, origins: list[Table], devic
 def announce(run: Run, trainer: Trainer) -> None:
     """What is about to be trained, and for how long."""
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    state, shape, threads = trainer.state, run.settings, torch.get_num_threads()
+    state, shape = trainer.state, run.settings
     length = f"{state.end - state.start:,} steps" if state.end else f"{state.minutes:g} minutes"
     say(
         f"Training {run.path}: {shape.named} of {parameters:,} parameters, context {shape.context_length},"
-        f" for {length} on {trainer.device} ({threads} thread{'s' * (threads != 1)})."
+        f" for {length} on {trainer.device} ({in_words(torch.get_num_threads())})."
     )
     if trainer.settings.curriculum:
         say(trainer.curriculum.sentence(state.stage))

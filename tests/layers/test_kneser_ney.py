@@ -100,7 +100,7 @@ def test_what_stood_only_at_the_beginning_of_the_text_still_has_a_next_token() -
 
 def test_behind_a_separator_nothing_is_known_of_what_was_before() -> None:
     tokens = np.random.default_rng(3).integers(0, 6, 2000)
-    apart = KneserNey.restored(KneserNey.count(tokens, 6, 4).tables(), 6, separator=5)
+    apart = KneserNey.from_tables(KneserNey.count(tokens, 6, 4).tables(), 6, separator=5)
     first, second = torch.tensor([[1, 2, 3]]), torch.tensor([[5, 0, 2, 4]])
     alone = apart.distribution(second, 4)
     torch.testing.assert_close(apart.distribution(torch.cat([first, second], 1), 7)[:, 3:], alone, rtol=0, atol=0)
@@ -110,6 +110,6 @@ def test_behind_a_separator_nothing_is_known_of_what_was_before() -> None:
 def test_it_is_restored_from_its_tables() -> None:
     tokens = np.random.default_rng(2).integers(0, 9, 500)
     counted = KneserNey.count(tokens, 9, 5)
-    again = KneserNey.restored(counted.tables(), 9)
+    again = KneserNey.from_tables(counted.tables(), 9)
     text = torch.from_numpy(tokens[:40]).unsqueeze(0)
     assert torch.equal(again.distribution(text, 40), counted.distribution(text, 40))
