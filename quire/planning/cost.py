@@ -46,7 +46,7 @@ def cost_of(settings: Settings, device: torch.device = CPU) -> Cost:
     """The cost of training with these settings, in float32; the vocabulary size must be known."""
     shape, training = settings.model, settings.training
     size = size_of(shape)
-    parameters, rows, kept = counted(shape, training)
+    parameters, rows, kept = numbers_of(shape, training)
     tables = parameters.get("n-gram tables", 0)
     logits = training.batch_size * shape.context_length * shape.vocabulary_size
     each = size.recomputed_window_bytes if training.gradient_checkpointing else size.window_bytes
@@ -69,7 +69,7 @@ def cost_of(settings: Settings, device: torch.device = CPU) -> Cost:
     return Cost(parameters, {name: value for name, value in memory.items() if value}, flops)
 
 
-def counted(shape: ModelSettings, training: TrainingSettings) -> tuple[dict[str, int], int, int]:
+def numbers_of(shape: ModelSettings, training: TrainingSettings) -> tuple[dict[str, int], int, int]:
     """Parameters by part, rows of n-gram tables, and the numbers that the optimizers keep of the rest.
 
     On torch's fake tensors, which have shapes and no contents.
