@@ -1,6 +1,6 @@
 """The sweep that the planner's recipes and predictions are fitted to: texts, sizes of text, times and recipes.
 
-    python benchmarks/sweep.py [--minutes 0.25 1] [--families modern ngram] [--workers 2] [--until CORE_MINUTES]
+    python benchmarks/sweep.py [--minutes 0.25 1] [--families modern ngram] [--sizes BYTES ...] [--workers 2]
     python benchmarks/sweep.py --fit      writes quire/planning/recipes.json
     python benchmarks/sweep.py --plot     draws docs/sweep.png
 
@@ -80,13 +80,13 @@ EVALUATIONS = {0.25: 2, 1.0: 3, 3.0: 6, 10.0: 8, 30.0: 10}
 PENALTY = 0.02  # of the regression's coefficients, which keeps them small where cells are few
 
 
-def cells(minutes: list[float], families: list[str]) -> Iterator[dict[str, Any]]:
+def cells(minutes: list[float], families: list[str], sizes: list[int]) -> Iterator[dict[str, Any]]:
     """What to train, the cheapest and most telling first."""
     kinds = {name: recipe["model"]["kind"] for name, recipe in table()["recipes"].items()}
     for budget in sorted(minutes):
         for rank, size, text in places(budget):
             for name in contenders(budget, size, rank):
-                if kinds[name] in families:
+                if kinds[name] in families and size in sizes:
                     yield {"text": text, "bytes": size, "minutes": budget, "recipe": name}
 
 
@@ -189,15 +189,13 @@ def installed_code(size: int) -> bytes:
 def campaign(given: argparse.Namespace) -> None:
     """Train the cells that have no line yet."""
     done = {key(line) for line in read()}
-    waiting = [cell for cell in cells(given.minutes, given.families) if key(cell) not in done]
-    spent = 0.0
+    waiting = [cell for cell in cells(given.minutes, given.families, given.sizes) if key(cell) not in done]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.workers) as pool:
-        while waiting and (not given.until or spent < given.until):
+        while waiting:
             batch, waiting = waiting[: given.workers], waiting[given.workers :]
             for cell in batch:
                 write_text(cell["text"], cell["bytes"], Path(folder))
             for line in pool.map(lambda cell: train(cell, Path(folder)), batch):
-                spent += line.get("cpu_seconds", 0) / 60
                 shown = line.get("bits_per_byte", line.get("failed"))
                 print(
                     f"{line['minutes']:6} {line['bytes']:11,} {line['text']:18}{line['recipe']:28}{shown}", flush=True
@@ -346,8 +344,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, nargs="+", default=MINUTES, choices=MINUTES)
     parser.add_argument("--families", nargs="+", default=["modern", "ngram"])
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, choices=SIZES, help="of the texts, in bytes")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time, one thread each")
-    parser.add_argument("--until", type=float, default=0.0, help="stop after so many core-minutes; 0: never")
     parser.add_argument("--fit", action="store_true", help="write the planner's table from the lines there are")
     parser.add_argument("--plot", action="store_true", help="draw docs/sweep.png from the lines there are")
     parser.add_argument("--cell", help=argparse.SUPPRESS)  # one cell as JSON, in a process of its own

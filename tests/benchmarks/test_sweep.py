@@ -30,7 +30,7 @@ def line(text: str, size: int, minutes: float, recipe: str, bits: float, **more:
 
 
 def test_every_cell_comes_once_the_short_ones_first(sweep: ModuleType) -> None:
-    found = list(sweep.cells(sweep.MINUTES, ["modern", "ngram"]))
+    found = list(sweep.cells(sweep.MINUTES, ["modern", "ngram"], sweep.SIZES))
     assert len({sweep.key(cell) for cell in found}) == len(found)
     minutes = [cell["minutes"] for cell in found]
     assert minutes == sorted(minutes) and set(minutes) == set(sweep.MINUTES)
