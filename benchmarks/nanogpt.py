@@ -20,6 +20,8 @@ CPU_RECIPE: Settings = {  # its README: "I only have a macbook"
     "device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 1, "block_size": 64, "batch_size": 12,
     "n_layer": 4, "n_head": 4, "n_embd": 128, "max_iters": 2000, "lr_decay_iters": 2000, "dropout": 0.0,
 }  # fmt: skip
+GPU_RECIPE: Settings = {"device": "cuda", "compile": True, "log_interval": 1}  # its configuration as it is, for a GPU
+RECIPES = {"CPU recipe": CPU_RECIPE, "GPU recipe": GPU_RECIPE}
 PATCHES = {  # of its train.py: each checkpoint has a name of its own; its seed and the clock of its log are given
     "'ckpt.pt'))": "f'ckpt-{iter_num}.pt'))",
     "manual_seed(1337": "manual_seed(int(os.environ['SEED'])",

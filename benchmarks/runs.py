@@ -9,7 +9,7 @@ from typing import Any
 
 from baselines import BASELINES
 from command import machine, measured
-from nanogpt import CPU_RECIPE, Peer, cut, estimates
+from nanogpt import RECIPES, Peer, cut, estimates
 
 Run = dict[str, Any]  # "loss" in nats per character of the whole held-out text, "wall_seconds", "cpu_seconds", "curve"
 
@@ -20,15 +20,15 @@ class Runs:
     Loss is bits per byte brought to nats per character, so that it is one measure whatever the tokenizer.
     """
 
-    def __init__(self, path: Path, text: Path, checkout: Path | None = None) -> None:
-        self.path, self.text, self.checkout = path, text.resolve(), checkout
+    def __init__(self, path: Path, text: Path, checkout: Path | None = None, device: str = "cpu") -> None:
+        self.path, self.text, self.checkout, self.device = path, text.resolve(), checkout, device
         self.kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         self.kept.setdefault("runs", {})
 
     def save(self) -> None:
         """Write what there is."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps({"machine": machine(), **self.kept}, indent=1) + "\n")
+        self.path.write_text(json.dumps({**self.kept, "machine": machine(self.device)}, indent=1) + "\n")
 
     def keep(self, name: str, run: Run) -> Run:
         """Add a run, say it and save."""
@@ -66,16 +66,16 @@ class Runs:
         """Quire's runs with these flags, of any minutes and seed."""
         return [run for name, run in self.kept["runs"].items() if name.startswith(self.called(flags))]
 
-    def nanogpt(self, seed: int = 1337) -> Run | None:
-        """nanoGPT's recipe for CPUs as it is; None without a checkout. Its curve is its own estimates."""
-        name = f"nanoGPT, CPU recipe, seed {seed}"
+    def nanogpt(self, seed: int = 1337, recipe: str = "CPU recipe") -> Run | None:
+        """One of nanoGPT's RECIPES as it is; None without a checkout. Its curve is its own estimates."""
+        name = f"nanoGPT, {recipe}, seed {seed}"
         if name in self.kept["runs"]:
             return self.kept["runs"][name]
         if self.checkout is None:
             return None
         with tempfile.TemporaryDirectory() as folder:
             peer = Peer.copied(self.checkout, Path(folder, "nanogpt"), self.text.read_text("utf-8"))
-            output, used = peer.train(CPU_RECIPE, seed=seed)
+            output, used = peer.train(RECIPES[recipe], seed=seed)
             loss, steps = peer.loss()
         curve = estimates(output, used["wall_seconds"])
         return self.keep(name, {"loss": round(loss, 5), **used, "steps": steps, "curve": curve})

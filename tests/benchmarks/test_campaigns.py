@@ -290,6 +290,7 @@ def pretended(tmp_path, monkeypatch):
     nanogpt_run = {"loss": 1.9, "wall_seconds": 120.0, "cpu_seconds": 200.0, "curve": [[5, 4.0]]}
     made.kept["runs"] = {
         **{f"nanoGPT, CPU recipe, seed {seed}": nanogpt_run for seed in goals.PEER_SEEDS},
+        **{f"nanoGPT, GPU recipe, seed {seed}": nanogpt_run for seed in goals.PEER_SEEDS},
         goals.KNESER_NEY: {"loss": 1.52}, goals.PPMD: {"loss": 1.404},
     }  # fmt: skip
     made.save()
@@ -318,6 +319,11 @@ def test_rows_are_made_once_from_runs_made_once(pretended, tmp_path):
     table = goals.table(rows).splitlines()
     assert len(table) == len(goals.ROWS) + 2
     assert {line.count("|") for line in table} == {9}
+
+
+def test_the_peers_time_is_that_of_its_first_estimate_there():
+    run = {"curve": [[5, 4.0], [60, 1.4697], [90, 1.46]], "wall_seconds": 120.0}
+    assert (goals.seconds_to(1.4697, run), goals.seconds_to(1.4, run)) == (60, 120.0)
 
 
 def test_without_a_checkout_the_rows_that_need_it_say_so(tmp_path, capsys):
