@@ -9,6 +9,7 @@ whole. Runs are kept in the JSON file of goals.py, and not made again;
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -84,7 +85,8 @@ def picture(lines: dict[str, list[Point]], levels: dict[str, float], path: Path)
         axes.annotate(f"{loss:.2f}", (seconds, loss), (6, 0), color=colour, textcoords="offset points", va="center")
     for name, level in levels.items():
         axes.axhline(level, color=GREYS.get(name, "grey"), linestyle="--", linewidth=1)
-        axes.text(first * 0.82, level, f"{name}: {level:.2f}", color=GREYS.get(name, "grey"), va="bottom", fontsize=9)
+        about = {"color": GREYS.get(name, "grey"), "ha": "center", "va": "bottom", "fontsize": 9}
+        axes.text(math.sqrt(first * last), level, f"{name}: {level:.2f}", **about)
     axes.set_xscale("log")
     axes.set_xlim(first * 0.8, last * 1.3)
     ticks = [t for t in (5, 10, 15, 30, 60, 120, 240, 480, 900, 1800, 3600) if first * 0.8 <= t <= last * 1.3]
