@@ -69,8 +69,10 @@ LARGE = {
         "modern-3x128-128-pieces", "counts-3x128-128-pieces", "modern-3x128-128-pieces2048", "modern-3x96-128-pieces",
         "ngram-3x128-128-pieces",
     ],
-    10.0: ["modern-4x128-256-pieces", "counts-3x128-128-pieces", "modern-3x128-128-pieces"],
-    30.0: ["modern-4x128-256-pieces", "counts-3x128-128-pieces"],
+    10.0: [
+        "modern-4x128-256-pieces", "counts-4x128-256-pieces", "modern-3x128-128-pieces", "counts-3x128-128-pieces",
+    ],
+    30.0: ["modern-4x128-256-pieces", "counts-4x128-256-pieces"],
 }  # fmt: skip
 MINUTES, SIZES = [*LARGE], [*TEXTS_OF]
 PART_OF = {"tiny-shakespeare": "shakespeare"}  # of another text: both are left out of a fit together
