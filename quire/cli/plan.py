@@ -68,7 +68,7 @@ def told(plan: Plan) -> list[str]:
         row("arithmetic", f"{amount(plan.flops_per_token)} operations a token, forward and backward"),
         row("memory", f"{total(plan.memory, size)}; there is {size(plan.memory_limit) if plan.memory_limit else '?'}"),
         row("speed", f"{milliseconds(plan.step_seconds)} a step on {where}, {measured}"),
-        row("time", f"{plan.seconds / 60:.3g} minutes, from start to exit"),
+        row("time", f"{plan.seconds / 60:.3g} minutes, from start to exit{by_heart(plan)}"),
         row("expected", expected(plan.prediction)),
     ]
     if plan.contention:
@@ -104,6 +104,11 @@ def steps(plan: Plan) -> str:
 def epochs(plan: Plan) -> str:
     """How often the text is gone through."""
     return f"{plan.epochs:.3g} times through the text ({amount(plan.tokens)} tokens)"
+
+
+def by_heart(plan: Plan) -> str:
+    """Why not all of the time is taken."""
+    return "" if plan.share == 1 else ": longer, it would learn so short a text by heart"
 
 
 def expected(prediction: Prediction | None) -> str:

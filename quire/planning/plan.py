@@ -18,7 +18,7 @@ from quire.errors import UserError
 from quire.planning.cost import Cost, cost_of
 from quire.planning.machine import Speed, measured
 from quire.planning.measure import Measure, measure
-from quire.planning.recipes import EXPORTABLE, FASTEST, Prediction, chosen, family, predicted, table
+from quire.planning.recipes import EXPORTABLE, FASTEST, Choice, Prediction, chosen, family, predicted, table
 from quire.training.clock import EXIT_SECONDS, default_interval, evaluations, seconds_beside
 from quire.training.curriculum import shortened
 from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
@@ -36,11 +36,14 @@ LONGER, GPU = 10, 20  # what-ifs: times the time; times the speed, a GPU beside 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Settings fitted to a text, the text itself, and what was measured; `recipe` is "" where it is none's."""
+    """Settings fitted to a text, the text itself, and what was measured; `recipe` is "" where it is none's.
+
+    The settings have a `share` of the minutes that were given."""
 
     settings: Settings
     loaded: Loaded
     recipe: str
+    share: float
     speed: Speed | None
 
 
@@ -72,6 +75,7 @@ class Plan:
     step_seconds: float
     contention: str | None  # a sentence where other programs compute on this machine
     seconds: float
+    share: float  # of the minutes that were given: more would be learning the text by heart
     prediction: Prediction | None
     longer: dict[str, Any] | None  # with ten times the time
     gpu: dict[str, Any] | None  # with a GPU, assumed to be so many times as fast
@@ -121,7 +125,7 @@ def planned(build: Callable[[Table], Settings], wanted: str) -> Plan:
         raise UserError("A plan is for a text: models of pairs are not measured. Give a TEXT, or leave out --pairs.")
     device = choose_device(first.training.device)
     found = choose(build, first, wanted, device)
-    seconds = 0.0 if length_of(first) else minutes_of(first) * 60
+    seconds = 0.0 if length_of(first) else minutes_of(found.settings) * 60
     return summed_up(found, wanted, seconds, device)
 
 
@@ -168,9 +172,12 @@ def choose(
             left = 0.0 if by_table else max(0.0, seconds - (time.time() - began))
             measuring = min(measuring, MEASURING_SHARE * left)
         for last in (by_table, True):  # a second choice where measuring calls for one
-            recipe = chosen(wanted, seconds * power, size) if wanted else ""
+            choice = chosen(wanted, seconds * power, size) if wanted else Choice("")
+            recipe = choice.recipe
             settings = within_context(replace(build(table()["recipes"].get(recipe, {})), data=first.data), recipe)
             unchanged = bool(recipe) and holds(settings, recipe)
+            share = choice.share if unchanged and not length_of(first) else 1.0
+            settings = replace(settings, training=replace(settings.training, minutes=share * settings.training.minutes))
             settings, prepared = fitted(*prepared_from(settings, corpus, held_out))
             if not measuring and unchanged:  # no time for it: what the table has for so short a time fits anywhere
                 break
@@ -183,11 +190,11 @@ def choose(
             if last or not reference:  # another model's steps say nothing of a recipe's
                 break
             power = reference / speed.step_seconds
-            if chosen(wanted, seconds * power, size) == recipe:
+            if chosen(wanted, seconds * power, size) == choice:
                 break
     finally:
         corpus.close()
-    return Chosen(settings, Loaded(prepared, corpus.origins, piped), recipe if unchanged else "", speed)
+    return Chosen(settings, Loaded(prepared, corpus.origins, piped), recipe if unchanged else "", share, speed)
 
 
 def within_context(settings: Settings, recipe: str) -> Settings:
@@ -247,7 +254,7 @@ def summed_up(found: Chosen, wanted: str, seconds: float, device: torch.device) 
         steps = max(1, int((seconds - START_SECONDS - EXIT_SECONDS - evaluating) / speed.step_seconds))
     text = measure(prepared)
     core_seconds = steps * table()["step_seconds"].get(found.recipe, 0.0)
-    what_if = WhatIf(text, core_seconds, wanted)
+    what_if = WhatIf(text, core_seconds / found.share, wanted)
     names = ("layers", "embedding_size", "heads", "feedforward_size", "hidden_size")
     return Plan(
         text=", ".join(settings.data.named[:3]),
@@ -274,6 +281,7 @@ def summed_up(found: Chosen, wanted: str, seconds: float, device: torch.device) 
         step_seconds=round(speed.step_seconds, 6),
         contention=speed.contention,
         seconds=round(max(seconds, START_SECONDS + EXIT_SECONDS + steps * speed.step_seconds + evaluating), 1),
+        share=found.share,
         prediction=predicted(wanted, core_seconds, text.bytes, list(text.counted)),
         longer=what_if.at(LONGER),
         gpu=what_if.at(GPU) if device.type == "cpu" else None,
@@ -311,10 +319,13 @@ class WhatIf:
     def at(self, times: float, other: str = "") -> dict[str, Any] | None:
         """The recipe and the prediction for so many times the core-seconds, of this family or another."""
         kind, core_seconds = other or self.family, times * self.core_seconds
-        found = predicted(kind, core_seconds, self.text.bytes, list(self.text.counted))
+        if not kind:
+            return None
+        choice = chosen(kind, core_seconds, self.text.bytes)
+        found = predicted(kind, choice.share * core_seconds, self.text.bytes, list(self.text.counted))
         if found is None:
             return None
-        return {"times": times, "recipe": chosen(kind, core_seconds, self.text.bytes), "prediction": found}
+        return {"times": times, "recipe": choice.recipe, "prediction": found}
 
     def fastest(self) -> dict[str, Any] | None:
         """The same time with n-grams beside the network."""

@@ -37,6 +37,14 @@ class Prediction:
     extrapolated: bool
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A recipe's name, and the share of the time after which it is to end: longer, it knew so short a text by heart."""
+
+    recipe: str
+    share: float = 1.0
+
+
 @cache
 def table() -> Table:
     """recipes.json: `recipes` by name, their `step_seconds`, `choices` by time and size, `predictions` by family."""
@@ -63,17 +71,18 @@ def family(named: str, fastest: bool, training: TrainingSettings, data: DataSett
     return FASTEST
 
 
-def chosen(family: str, core_seconds: float, size: int) -> str:
-    """The name of the recipe that did best where the sweep measured nearest to this time and size of text in bytes."""
+def chosen(family: str, core_seconds: float, size: int) -> Choice:
+    """What did best where the sweep measured nearest to this time and size of text in bytes."""
     places = [place for place in table()["choices"] if place["family"] == family]
     if not places:
-        return next(name for name, recipe in table()["recipes"].items() if recipe["model"]["kind"] == family)
+        return Choice(next(name for name, recipe in table()["recipes"].items() if recipe["model"]["kind"] == family))
 
     def distance(place: Any) -> float:
         time = math.log2(max(core_seconds, 1.0) / place["core_seconds"])
         return abs(time) + SIZE_WEIGHT * abs(math.log2(max(size, 1) / place["bytes"]))
 
-    return min(places, key=distance)["recipe"]
+    nearest = min(places, key=distance)
+    return Choice(nearest["recipe"], nearest.get("share", 1.0))
 
 
 def features(core_seconds: float, size: int, counted: list[float]) -> np.ndarray:

@@ -61,6 +61,11 @@ def choice(found: Chosen, wanted: str) -> str:
     ]
     if found.speed:
         lines.append(f"Measured: {1000 * found.speed.step_seconds:.0f} ms a step with {in_words(found.speed.threads)}.")
+    if found.share < 1:
+        lines.append(
+            f"It trains for {training.minutes:.3g} of the {training.minutes / found.share:.3g} minutes: longer, it"
+            " would learn so short a text by heart, and do worse on any other."
+        )
     if wanted == EXPORTABLE:
         lines.append("With --fastest it would have n-grams beside it: usually a lower loss, but only Quire loads it.")
     return "\n".join(lines)

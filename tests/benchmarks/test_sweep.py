@@ -59,8 +59,15 @@ def test_the_regression_finds_the_law_that_cells_follow(sweep: ModuleType, monke
 def test_the_winner_is_best_on_the_average_text(sweep: ModuleType) -> None:
     group = [line("a", 1, 1, "small", 2.0), line("a", 1, 1, "large", 2.2),
              line("b", 1, 1, "small", 3.1), line("b", 1, 1, "large", 3.0)]  # fmt: skip
-    assert sweep.winner(group) == "small"
+    assert sweep.winner(group) == (1, "small")
     easy = line("a", 1, 1, "on the easy text alone", 2.1)
-    assert sweep.winner([*group, easy]) == "small"
-    assert sweep.winner([*group, {**easy, "bits_per_byte": 1.9}]) == easy["recipe"]
-    assert sweep.winner([line("b", 1, 1, "alone", 3.0)]) == "alone"
+    assert sweep.winner([*group, easy]) == (1, "small")
+    assert sweep.winner([*group, {**easy, "bits_per_byte": 1.9}]) == (1, easy["recipe"])
+    assert sweep.winner([line("b", 1, 1, "alone", 3.0)]) == (1, "alone")
+
+
+@pytest.mark.parametrize(("bits", "minutes"), [(1.5, 3), (1.601, 3), (1.7, 1)])
+def test_less_time_wins_only_where_it_is_clearly_better(sweep: ModuleType, bits: float, minutes: float) -> None:
+    group = [line("a", 1, 1, "r", 1.6), line("b", 1, 1, "r", 2.6), line("a", 1, 3, "r", bits)]
+    assert sweep.winner(group) == (minutes, "r")
+    assert (group[2] in sweep.unspoilt(group)) == (minutes == 3)

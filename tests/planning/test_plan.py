@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 import quire as library
-from quire.cli.plan import told
+from quire.cli.plan import by_heart, told
 from quire.config import Table, merged
 from quire.errors import UserError
 from quire.planning import plan as planning
 from quire.planning.machine import Speed
 from quire.planning.plan import Plan, follow, seconds_evaluating
 from quire.planning.recipes import FAMILIES, table
+from quire.planning.train import choice
 from quire.run import Run
 from quire.training.clock import BESIDE_SECONDS
 from quire.training.settings import Settings, TrainingSettings, layered, typed
@@ -138,7 +139,7 @@ def test_training_by_minutes_follows_the_plan(desk: Path, quire) -> None:
     said = quire("train", "book.txt", "--run", "new", "--minutes", "0.05", "--batch-size", "3", "--sample-tokens", "0")
     assert said.code == 0 and "By plan, changed by flags: a pure Transformer" in said.err
     config = Run("new").config
-    recipe = table()["recipes"][planning.chosen("modern", 3, 9000)]
+    recipe = table()["recipes"][planning.chosen("modern", 3, 9000).recipe]
     assert config["training"]["batch_size"] == 3  # the flag, over the recipe
     assert config["training"]["learning_rate"] == recipe["training"]["learning_rate"]
     assert config["model"]["layers"] == recipe["model"]["layers"] and config["model"]["kind"] == "modern"
@@ -243,7 +244,20 @@ def test_training_takes_what_the_plan_said(minutes: float, step_seconds: float, 
     assert said == follow(build, "modern", time.time()).recipe
     assert said == follow(build, "modern", time.time() - 59 * minutes).recipe  # however long it took to read
     power = 0.01 / step_seconds if minutes >= 1 else 1.0  # too short to measure
-    assert said == planning.chosen("modern", 60 * minutes * power, 9000)
+    assert said == planning.chosen("modern", 60 * minutes * power, 9000).recipe
+
+
+@pytest.mark.parametrize(("minutes", "spent"), [(1.5, 1.5), (12.0, 3.0)])
+def test_a_short_text_is_not_learned_by_heart(minutes: float, spent: float, on_machine, monkeypatch) -> None:
+    place = {"family": "modern", "core_seconds": 720.0, "bytes": 9000, "recipe": RECIPES["modern"][1], "share": 0.25}
+    monkeypatch.setitem(table(), "choices", [*PLACES, place])
+    on_machine(0.01)
+    build = building(training={"minutes": minutes})
+    found, said = follow(build, "modern", time.time()), planning.planned(build, "modern")
+    assert found.settings.training.minutes == spent and said.seconds == pytest.approx(60 * spent)
+    assert ("by heart" in choice(found, "modern")) == ("by heart" in by_heart(said))
+    assert ("by heart" in by_heart(said)) == (spent < minutes) == (said.share < 1)
+    assert planning.planned(building(training={"minutes": minutes}, model={"layers": 3}), "modern").share == 1
 
 
 def test_steps_get_one_recipe_at_any_speed_and_time(on_machine) -> None:

@@ -9,7 +9,7 @@ from quire.data.reading import DataSettings
 from quire.errors import UserError
 from quire.planning import recipes
 from quire.planning.measure import FEWEST_BITS
-from quire.planning.recipes import FAMILIES, chosen, family, features, predicted, table
+from quire.planning.recipes import FAMILIES, Choice, chosen, family, features, predicted, table
 from quire.training.settings import TrainingSettings, layered, typed
 
 COUNTED = [3.4, 2.9, 2.5, 2.3, 2.2]
@@ -28,18 +28,19 @@ def test_every_recipe_is_a_configuration(name: str) -> None:
 @pytest.mark.parametrize("core_seconds", [0.01, 15, 1e6])
 @pytest.mark.parametrize("size", [1, 20_000, 10**12])
 def test_there_is_a_recipe_for_every_time_and_text(family: str, core_seconds: float, size: int) -> None:
-    assert table()["recipes"][chosen(family, core_seconds, size)]["model"]["kind"] == family
+    assert table()["recipes"][chosen(family, core_seconds, size).recipe]["model"]["kind"] == family
 
 
 def test_the_nearest_place_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     places = [
         {"family": "modern", "core_seconds": 15, "bytes": 20_000, "recipe": "small"},
         {"family": "modern", "core_seconds": 600, "bytes": 20_000, "recipe": "large"},
-        {"family": "ngram", "core_seconds": 600, "bytes": 20_000, "recipe": "tables"},
+        {"family": "ngram", "core_seconds": 600, "bytes": 20_000, "recipe": "tables", "share": 0.3},
     ]
     monkeypatch.setattr(recipes, "table", lambda: {"choices": places, "recipes": {}})
-    assert [chosen("modern", seconds, 30_000) for seconds in (1, 60, 200, 9000)] == ["small", "small", "large", "large"]
-    assert chosen("ngram", 1, 1) == "tables"
+    found = [chosen("modern", seconds, 30_000).recipe for seconds in (1, 60, 200, 9000)]
+    assert found == ["small", "small", "large", "large"]
+    assert chosen("ngram", 1, 1) == Choice("tables", 0.3)
 
 
 def test_a_prediction_is_the_regression_and_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
