@@ -28,11 +28,12 @@ import torch  # noqa: E402
 from command import environment, machine  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from quire.generation.fixed import fix  # noqa: E402
 from quire.generation.generate import Writer  # noqa: E402
 from quire.interop import import_model  # noqa: E402
 from quire.interop.imported import Foreign, create  # noqa: E402
 from quire.interop.pretrained import PRETRAINED  # noqa: E402
-from quire.layers.fixed_linear import FixedLinear, fix  # noqa: E402
+from quire.layers.fixed_linear import FixedLinear  # noqa: E402
 from quire.models import MODELS, build_model  # noqa: E402
 from quire.sources import SOURCES, fetch  # noqa: E402
 from quire.tokenizers import CharacterTokenizer  # noqa: E402

@@ -11,11 +11,12 @@ from quire.devices import choose_device
 from quire.errors import UserError
 from quire.generation.alternatives import expectations
 from quire.generation.beams import BeamSearch
+from quire.generation.fixed import fix
 from quire.generation.reading import PromptMemory, Source
 from quire.generation.sampling import SamplingSettings, sample
 from quire.generation.stream import Choose, shortened, tokens
 from quire.generation.texts import Draft, Sample, Score, StoppedBy, first_stop, half_stop
-from quire.layers.fixed_linear import Weights, fix
+from quire.layers.fixed_linear import Weights
 from quire.run import Run
 from quire.tokenizers.tokenizer import Special, Unknown
 

@@ -9,9 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from quire.errors import UserError
 from quire.layers.linear import Linear
-from quire.layers.product import Product, fast
+from quire.layers.product import Product
 
 Weights = Literal["float32", "int8"]
 
@@ -47,22 +46,3 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = weight.abs().amax(1).clamp(min=torch.finfo(weight.dtype).tiny) / 127
     whole = torch.div(weight, scale.unsqueeze(1)).round_().to(torch.int8)
     return whole, scale
-
-
-def fix(model: Any, weights: Weights = "float32") -> Any:
-    """The model, ready to write on a CPU: each of its Linears replaced by a FixedLinear. It can be trained no longer.
-
-    An embedding keeps its float32 numbers, of which a token needs one row; a head that was tied to it has its own.
-    """
-    device = next(model.parameters()).device
-    if device.type != "cpu":
-        if weights != "float32":
-            raise UserError(f"--weights {weights} is for a CPU, and this model is on {device}. Give --device cpu too.")
-        return model
-    if fast is None and weights == "float32":
-        return model  # nothing is gained
-    for module in list(model.modules()):
-        for name, part in module.named_children():
-            if isinstance(part, Linear) and not isinstance(part, FixedLinear):
-                setattr(module, name, FixedLinear(part, weights))
-    return model

@@ -1,6 +1,6 @@
 """The door to the fast core of decoding: x W^T for a few rows x, at the speed at which memory gives W.
 
-The core is _product.c, compiled when Quire is installed where there is a C compiler. torch's own product of one row
+The core is _decoding.c, compiled when Quire is installed where there is a C compiler. torch's own product of one row
 (MKL's) read matrices of GPT-2's shape at half the speed of this machine's memory (benchmarks/NOTES.md).
 B rows, N outputs, K inputs.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 try:
-    from quire.layers import _product as fast  # type: ignore[attr-defined]
+    from quire.layers import _decoding as fast  # type: ignore[attr-defined]
 except ImportError:  # not compiled
     fast = None
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from quire.errors import UserError
+from quire.generation.fixed import fix
 from quire.layers import product
-from quire.layers.fixed_linear import FixedLinear, fix, rounded
+from quire.layers.fixed_linear import FixedLinear, rounded
 from quire.layers.linear import Linear
 from quire.models import MODELS, build_model
 
