@@ -130,7 +130,7 @@ INLINE void attend(const Attention *a, long first, long last) {
     for (long head = first * a->groups; head < last * a->groups; head++) {
         const float *keys = a->keys + head / a->groups * a->capacity * D, *values = a->values + (keys - a->keys);
         const float *query = a->query + head * D;
-        float *scores = a->scores + head * S, *mixed = a->mixed + head * D;
+        float *restrict mixed = a->mixed + head * D, *scores = a->scores + head * S;
         float most = -INFINITY, sum = 0, scale = 1 / sqrtf((float)D);
         for (long s = 0; s < S; s++) {
             scores[s] = scale * dot(query, keys + s * D, D);
@@ -138,11 +138,15 @@ INLINE void attend(const Attention *a, long first, long last) {
         }
         for (long s = 0; s < S; s++) sum += scores[s] = expf(scores[s] - most);
         memset(mixed, 0, D * sizeof(float));
-        for (long s = 0; s < S; s++) {
-            float weight = scores[s] / sum;
-            const float *value = values + s * D;
-            for (long d = 0; d < D; d++) mixed[d] += weight * value[d];
+        long s = 0;
+        for (; s + 4 <= S; s += 4) { /* four at once: `mixed` is fetched and put back a quarter as often */
+            const float *v = values + s * D, *w = scores + s;
+            for (long d = 0; d < D; d++)
+                mixed[d] += w[0] * v[d] + w[1] * v[D + d] + w[2] * v[2 * D + d] + w[3] * v[3 * D + d];
         }
+        for (; s < S; s++)
+            for (long d = 0; d < D; d++) mixed[d] += scores[s] * values[s * D + d];
+        for (long d = 0; d < D; d++) mixed[d] /= sum;
     }
 }
 
@@ -203,7 +207,7 @@ static int take_pieces(void) {
 }
 
 static void *worker(void *unused) {
-    enum { PATIENCE = 3000 }; /* rests, of tens of nanoseconds each: the next job of a step comes soon */
+    enum { PATIENCE = 8000 }; /* rests, of tens of nanoseconds each: the next job of a step comes soon */
     for (int waited = 0;; waited++) {
         if (take_pieces()) waited = 0;
         if (waited < PATIENCE) {

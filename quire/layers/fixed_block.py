@@ -1,7 +1,7 @@
 """A block of a decoder for writing: one new token goes through it in one call of the core.
 
-Some sixty small operations a block, each told to torch from Python, take as long as reading its weights; here they are
-told once. What is computed stands in blocks.py, attention.py and feedforward.py, which also serve wherever this does not.
+Some sixty small operations a block, each told to torch from Python, take longer than reading its weights; here they are
+told once. What is computed stands in blocks.py, attention.py and feedforward.py, which also serve wherever this cannot.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quire.layers.activations import GELU, ReLU, SiLU, SquaredReLU, TanhGELU
+from quire.layers.activations import ACTIVATIONS
 from quire.layers.attention import Visible
 from quire.layers.blocks import Angles, PreNormBlock
 from quire.layers.cache import KeyValueCache
@@ -18,7 +18,7 @@ from quire.layers.fixed_linear import FixedLinear
 from quire.layers.normalization import LayerNorm, RMSNorm
 from quire.layers.product import fast
 
-ACTIVATIONS = (ReLU, SquaredReLU, GELU, TanhGELU, SiLU)  # in the core's order
+CURVES = list(ACTIVATIONS.values())  # in the core's order
 
 
 class FixedBlock(PreNormBlock):
@@ -37,7 +37,7 @@ class FixedBlock(PreNormBlock):
         self.core = fast.block(
             tuple(map(_matrix, (*linears, feedforward.down))),
             tuple(map(_norm, norms)),
-            heads, kv_heads, attention.head_size, ACTIVATIONS.index(type(feedforward.activation)),
+            heads, kv_heads, attention.head_size, CURVES.index(type(feedforward.activation)),
         )  # fmt: skip
 
     @staticmethod
@@ -51,7 +51,7 @@ class FixedBlock(PreNormBlock):
             all(part.product.arrays is not None for part in linears)
             and all(part.weight.dtype is torch.float32 for part in norms)
             and isinstance(block.attention_norm, (LayerNorm, RMSNorm))
-            and type(block.feedforward.activation) in ACTIVATIONS
+            and type(block.feedforward.activation) in CURVES
         )
 
     def forward(
