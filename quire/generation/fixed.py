@@ -29,5 +29,5 @@ def fix(model: Any, weights: Weights = "float32") -> Any:
     for module in list(model.modules()):
         for name, part in module.named_children():
             if FixedBlock.takes(part):
-                setattr(module, name, FixedBlock(part))  # type: ignore[arg-type]
+                setattr(module, name, FixedBlock(part))
     return model
