@@ -69,7 +69,7 @@ class KeyValueCache(Past):
         super().__init__()
 
         def empty(reach: int | None) -> Tensor:  # room for all, or what is kept grows and stays at reach - 1
-            return torch.zeros(batch, heads, capacity if reach is None else 0, head_size, device=device, dtype=dtype)
+            return torch.empty(batch, heads, capacity if reach is None else 0, head_size, device=device, dtype=dtype)
 
         self.reaches, self.capacity = list(reaches), capacity
         self.keys, self.values = [empty(reach) for reach in reaches], [empty(reach) for reach in reaches]

@@ -58,8 +58,8 @@ class HeadLoss(CrossEntropy):
         return times(grad_x, grad)
 
     def together(self, head: OutputHead) -> bool:
-        """Whether the logits are so many that it pays."""
-        return not self.apart and len(head.weight) >= WORTH_IT
+        """Whether the logits are so many that it pays; a head that is no longer trained is left alone."""
+        return not self.apart and isinstance(head, OutputHead) and len(head.weight) >= WORTH_IT
 
 
 def in_pieces(

@@ -98,6 +98,15 @@ def test_a_fixed_model_gives_the_logits_of_the_model(use: Any, core: str, kind: 
     assert any(isinstance(part, FixedLinear) for part in near.modules())
 
 
+def test_the_loss_of_a_fixed_model_is_that_of_its_logits() -> None:
+    model = fix(build_model(MODELS["gpt"].Settings(vocabulary_size=1500, context_length=16, embedding_size=16, layers=1,
+                                                   heads=2)).eval(), "int8")  # fmt: skip
+    tokens = torch.randint(1500, (2, 9))
+    with torch.no_grad():
+        loss, logits = model(tokens[:, :-1], targets=tokens[:, 1:]), model(tokens[:, :-1])
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+
+
 def test_fixed_weights_are_shared_and_do_not_learn() -> None:
     linear = Linear(8, 5)
     fixed, x = FixedLinear(linear, "float32"), torch.randn(2, 8)
