@@ -11,6 +11,7 @@ import pytest
 
 from quire.errors import UserError
 from quire.generation.generate import Writer
+from quire.planning import train as planning_train
 from quire.run import Run
 from quire.training import clock, loop, train
 from quire.training.loop import Trainer
@@ -52,7 +53,7 @@ def on(lab, monkeypatch):
     def act_on(machine: Machine, act: Callable[..., Run], *arguments: Any, **options: Any) -> tuple[Run, float]:
         began = machine.now
         with monkeypatch.context() as patch:
-            for module in (clock, loop, train):
+            for module in (clock, loop, train, planning_train):
                 patch.setattr(module, "time", machine)
             update = Trainer.update
 
