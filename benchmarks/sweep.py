@@ -257,12 +257,9 @@ def winner(group: list[dict[str, Any]]) -> tuple[float, str]:
 
 def gain(group: list[dict[str, Any]], one: tuple[float, str], other: tuple[float, str]) -> float:
     """By how much, as a mean logarithm, the other minutes and recipe come to fewer bits per byte; 0 without a text."""
-    bits: list[dict[str, float]] = [
-        {line["text"]: line["bits_per_byte"] for line in group if (line["minutes"], line["recipe"]) == each}
-        for each in (one, other)
-    ]
-    both = bits[0].keys() & bits[1].keys()
-    return float(np.mean([np.log(bits[0][text] / bits[1][text]) for text in both])) if both else 0.0
+    bits = {(line["minutes"], line["recipe"], line["text"]): line["bits_per_byte"] for line in group}
+    both = [text for *of, text in bits if tuple(of) == one and (*other, text) in bits]
+    return float(np.mean([np.log(bits[*one, text] / bits[*other, text]) for text in both])) if both else 0.0
 
 
 def best_recipe(group: list[dict[str, Any]]) -> str:
@@ -278,14 +275,12 @@ def best_recipe(group: list[dict[str, Any]]) -> str:
 
 def unspoilt(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Without those that a shorter time did clearly better than: the planner takes the shorter time there."""
-    return [
-        line for line in lines
-        if not any(
-            other["minutes"] < line["minutes"] and key(other)[:2] == key(line)[:2]
-            and other["bits_per_byte"] < line["bits_per_byte"] * (1 - CLEARLY)
-            for other in lines
-        )
-    ]  # fmt: skip
+
+    def spoilt(line: dict[str, Any]) -> bool:
+        shorter = [other for other in lines if key(other)[:2] == key(line)[:2] and other["minutes"] < line["minutes"]]
+        return any(other["bits_per_byte"] < line["bits_per_byte"] * (1 - CLEARLY) for other in shorter)
+
+    return [line for line in lines if not spoilt(line)]
 
 
 def best_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
