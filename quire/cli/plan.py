@@ -43,7 +43,7 @@ def run(words: list[str]) -> int:
         check_length(given.training)  # --minutes 0
 
     def build(recipe: Table) -> Settings:
-        return settings_of(arguments(Arguments, words, "plan", recipe))
+        return settings_of(arguments(Arguments, words, "plan", recipe) if recipe else given)
 
     found = planned(build, wanted)
     print(json.dumps(asdict(found)) if given.json else "\n".join(told(found)))

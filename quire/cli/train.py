@@ -57,7 +57,7 @@ def run(words: list[str]) -> int:
     path = Path(given.run) if given.run else None
 
     def build(recipe: Table) -> Settings:
-        return settings_of(arguments(Arguments, words, "train", recipe))
+        return settings_of(arguments(Arguments, words, "train", recipe) if recipe else given)
 
     trained = train_planned(build, wanted_family(words, given), path, BEGAN)
     return show_ending(trained, given.json)

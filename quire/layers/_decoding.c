@@ -32,15 +32,19 @@ typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(1), may_alia
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH), aligned(1), may_alias));
 
 typedef struct { /* N outputs, K inputs, B rows of x */
-    const float *x, *bias, *scale;     /* (B, K); (N) or NULL; (N) for int8, NULL for float32 */
-    const char *weight;         /* (N, K) */
-    float *y;                   /* (B, N) */
-    long outputs, inputs, rows; /* N, K, B */
+    const float *x, *bias, *scale; /* (B, K); (N) or NULL; (N) for int8, NULL for float32 */
+    const char *weight;            /* (N, K) */
+    float *y;                      /* (B, N) */
+    long outputs, inputs, rows;    /* N, K, B */
 } Product;
 
 /* ---- some rows of W by one row of x ---- */
 
 #define INLINE static inline __attribute__((always_inline))
+
+INLINE float total(Floats all) {
+    return ((all[0] + all[4]) + (all[1] + all[5])) + ((all[2] + all[6]) + (all[3] + all[7]));
+}
 
 /* y for R rows of W that are `apart` rows from each other, the first of them row n.
 
@@ -69,8 +73,7 @@ INLINE void dots(const Product *p, const float *x, float *y, long n, long apart,
         }
     }
     for (int r = 0; r < R; r++) {
-        Floats all = sums[r];
-        float sum = ((all[0] + all[4]) + (all[1] + all[5])) + ((all[2] + all[6]) + (all[3] + all[7]));
+        float sum = total(sums[r]);
         at = w + r * apart * K * width;
         for (long i = k; i < K; i++) sum += x[i] * (is_int8 ? (float)((int8_t *)at)[i] : ((float *)at)[i]);
         long here = n + r * apart;
@@ -119,7 +122,7 @@ INLINE float dot(const float *a, const float *b, long n) {
     Floats sums = {0};
     long i = 0;
     for (; i + WIDTH <= n; i += WIDTH) sums += *(const Floats *)(a + i) * *(const Floats *)(b + i);
-    float sum = ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+    float sum = total(sums);
     for (; i < n; i++) sum += a[i] * b[i];
     return sum;
 }
