@@ -58,6 +58,8 @@ def told(plan: Plan) -> list[str]:
     if plan.matrix_learning_rate is not None:
         rate += f" ({plan.matrix_learning_rate:g} for matrices)"
     measured = "measured uncompiled" if plan.device.startswith("cuda") else "measured"
+    if plan.estimated:
+        measured = "estimated from a part of one"
     where = f"{plan.device}, {in_words(plan.threads)}"
     lines = [
         row("text", f"{plan.text}: {size(plan.bytes)} to train on; counting alone gives {best:.3f} bits per byte"),
@@ -68,7 +70,7 @@ def told(plan: Plan) -> list[str]:
         row("arithmetic", f"{amount(plan.flops_per_token)} operations a token, forward and backward"),
         row("memory", f"{total(plan.memory, size)}; there is {size(plan.memory_limit) if plan.memory_limit else '?'}"),
         row("speed", f"{milliseconds(plan.step_seconds)} a step on {where}, {measured}"),
-        row("time", f"{plan.seconds / 60:.3g} minutes, from start to exit{by_heart(plan)}"),
+        row("time", f"{digits(plan.seconds / 60)} minutes, from start to exit{differs(plan)}"),
         row("expected", expected(plan.prediction)),
     ]
     if plan.contention:
@@ -103,32 +105,40 @@ def steps(plan: Plan) -> str:
 
 def epochs(plan: Plan) -> str:
     """How often the text is gone through."""
-    return f"{plan.epochs:.3g} times through the text ({amount(plan.tokens)} tokens)"
+    return f"{digits(plan.epochs)} times through the text ({amount(plan.tokens)} tokens)"
 
 
-def by_heart(plan: Plan) -> str:
-    """Why not all of the time is taken."""
+def digits(number: float) -> str:
+    """A number to three digits, or to its last one before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def differs(plan: Plan) -> str:
+    """Why less or more than the minutes given is taken."""
+    if plan.minutes and plan.seconds > 1.05 * 60 * plan.minutes + 3:
+        return f", not {digits(plan.minutes)}: already {steps(plan)} with its evaluation takes so long"
     return "" if plan.share == 1 else ": longer, it would learn so short a text by heart"
 
 
 def expected(prediction: Prediction | None) -> str:
     """A prediction in words."""
     if prediction is None:
-        return "no bits per byte foretold: only recipes of the sweep are (see docs/planning.md)"
+        return "no bits per byte foretold: too few steps, or no recipe of the sweep (see docs/planning.md)"
     words = f"{prediction.bits_per_byte:.3f} bits per byte held out ({prediction.low:.3f} to {prediction.high:.3f})"
     return words + ("; extrapolated: nothing like it was measured" if prediction.extrapolated else "")
 
 
 def otherwise(plan: Plan) -> list[str]:
     """What would change with more time, a GPU, or n-grams."""
-    lines = []
+    lines, own = [], plan.prediction
     for found, what in ((plan.longer, "{} times the time"), (plan.gpu, "a GPU, if {} times as fast")):
         if found:
-            words = f"{what.format(found['times'])}: {expected(found['prediction'])}"
-            lines.append(f"{words}, by recipe {found['recipe']}")
+            words = f"{expected(found['prediction'])}, by recipe {found['recipe']}"
+            if own and found["prediction"].bits_per_byte >= own.bits_per_byte:
+                words = "no gain for this text: there is no more to learn from it"
+            lines.append(f"{what.format(found['times'])}: {words}")
     if plan.fastest:
         tables: Prediction = plan.fastest["prediction"]
-        own = plan.prediction
         gain = f", {tables.bits_per_byte / own.bits_per_byte - 1:+.0%}" if own else ""
         if own and tables.bits_per_byte >= own.bits_per_byte:
             gain = ": no gain for this text and time"

@@ -40,4 +40,4 @@ class ModelSettings:
     @property
     def named(self) -> str:
         """Its kind as a sentence has it: "a gpt model"."""
-        return f"{'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind} model"
+        return f"{'an' if self.kind[0] in 'aeiou' or self.kind[:2] == 'ng' else 'a'} {self.kind} model"

@@ -73,8 +73,10 @@ class Plan:
     device: str
     threads: int
     step_seconds: float
+    estimated: bool  # from one window of a step too large to be measured
     contention: str | None  # a sentence where other programs compute on this machine
     seconds: float
+    minutes: float  # that there are for it; 0: its length is not in minutes
     share: float  # of the minutes that were given: more would be learning the text by heart
     prediction: Prediction | None
     longer: dict[str, Any] | None  # with ten times the time
@@ -105,6 +107,8 @@ def asked(
     texts: Sequence[str], preset: str, fastest: bool, model: Table | None, data: Table | None, training: Table
 ) -> tuple[Callable[[Table], Settings], str]:
     """What makes settings of a recipe and of these arguments over it, and the family to choose the recipe from."""
+    if not isinstance(fastest, bool):
+        raise UserError(f"fastest must be True or False, not {fastest!r}.")
     text = {"text": list(texts)} if texts else {}
     flags = {"model": model or {}, "data": {**(data or {}), **text}, "training": training}
     kind = flags["model"].get("kind")
@@ -217,14 +221,20 @@ def holds(settings: Settings, recipe: str) -> bool:
 def measured_step(settings: Settings, prepared: Prepared, cost: Cost, device: torch.device, seconds: float) -> Speed:
     """The seconds of a step; of a very large one, a single window's, times how many there are."""
     training = settings.training
-    windows = training.batch_size * training.accumulation_steps
-    if device.type == "cuda" or cost.flops_per_token * windows * settings.model.context_length < LARGE_STEP:
+    if not very_large(settings, cost, device):
         return measured(settings, prepared, device, seconds, training.threads)
+    windows = training.batch_size * training.accumulation_steps
     context = min(settings.model.context_length, 256)
     part = replace(training, batch_size=1, accumulation_steps=1, curriculum=shortened(training.curriculum, context))
     small = replace(settings.with_model(context_length=context), training=part)
     speed = measured(small, prepared, device, 0.0, training.threads or usable_cores())
     return replace(speed, step_seconds=windows * settings.model.context_length / context * speed.step_seconds)
+
+
+def very_large(settings: Settings, cost: Cost, device: torch.device) -> bool:
+    """Whether one step would take longer than a plan may."""
+    windows = settings.training.batch_size * settings.training.accumulation_steps
+    return device.type != "cuda" and cost.flops_per_token * windows * settings.model.context_length >= LARGE_STEP
 
 
 def refuse_too_large(cost: Cost, settings: Settings, device: torch.device) -> None:
@@ -279,11 +289,13 @@ def summed_up(found: Chosen, wanted: str, seconds: float, device: torch.device) 
         device=str(device),
         threads=speed.threads,
         step_seconds=round(speed.step_seconds, 6),
+        estimated=very_large(settings, cost, device),
         contention=speed.contention,
         seconds=round(max(seconds, START_SECONDS + EXIT_SECONDS + steps * speed.step_seconds + evaluating), 1),
+        minutes=round(seconds / 60, 4),
         share=found.share,
         prediction=predicted(wanted, core_seconds, text.bytes, list(text.counted)),
-        longer=what_if.at(LONGER),
+        longer=what_if.at(LONGER) if found.share == 1 else None,
         gpu=what_if.at(GPU) if device.type == "cpu" else None,
         fastest=what_if.fastest() if wanted == EXPORTABLE else None,
     )

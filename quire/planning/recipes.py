@@ -72,17 +72,28 @@ def family(named: str, fastest: bool, training: TrainingSettings, data: DataSett
 
 
 def chosen(family: str, core_seconds: float, size: int) -> Choice:
-    """What did best where the sweep measured nearest to this time and size of text in bytes."""
+    """What did best where the sweep measured nearest to this time and size of text in bytes.
+
+    A time longer than any that was measured with texts up to a size counts as the longest there: what suits more text
+    than that is no recipe for it. What was to end early there ends as early now.
+    """
     places = [place for place in table()["choices"] if place["family"] == family]
     if not places:
         return Choice(next(name for name, recipe in table()["recipes"].items() if recipe["model"]["kind"] == family))
 
+    longest = {
+        place["bytes"]: max(other["core_seconds"] for other in places if other["bytes"] <= place["bytes"])
+        for place in places
+    }
+
     def distance(place: Any) -> float:
-        time = math.log2(max(core_seconds, 1.0) / place["core_seconds"])
+        time = math.log2(min(max(core_seconds, 1.0), longest[place["bytes"]]) / place["core_seconds"])
         return abs(time) + SIZE_WEIGHT * abs(math.log2(max(size, 1) / place["bytes"]))
 
     nearest = min(places, key=distance)
-    return Choice(nearest["recipe"], nearest.get("share", 1.0))
+    share = nearest.get("share", 1.0)
+    beyond = min(1.0, longest[nearest["bytes"]] / max(core_seconds, 1.0))
+    return Choice(nearest["recipe"], share * beyond if share < 1 else share)
 
 
 def features(core_seconds: float, size: int, counted: list[float]) -> np.ndarray:
@@ -97,13 +108,15 @@ def features(core_seconds: float, size: int, counted: list[float]) -> np.ndarray
 
 
 def predicted(family: str, core_seconds: float, size: int, counted: list[float]) -> Prediction | None:
-    """The bits per byte to expect; None where the sweep has nothing of this family."""
+    """The bits per byte to expect; None where the sweep has nothing of this family, or for far too short a time."""
     found = table()["predictions"].get(family)
-    if found is None or core_seconds <= 0:
+    if found is None or core_seconds < found["core_seconds"][0] / FARTHEST:  # in a few steps nothing is learned yet
         return None
     ranges = ((core_seconds, found["core_seconds"]), (size, found["bytes"]))
     outside = any(not low / NEAR <= value <= high * NEAR for value, (low, high) in ranges)
     near = [min(max(value, low / FARTHEST), high * FARTHEST) for value, (low, high) in ranges]
     center = min(counted) * math.exp(float(features(near[0], round(near[1]), counted) @ found["coefficients"]))
+    if family == FASTEST:  # whose counts stand beside the network: wherever one was chosen, it did no worse than they
+        center = min(center, min(counted))
     spread = math.exp(found["deviation"])
     return Prediction(center, center / spread, center * spread, outside)

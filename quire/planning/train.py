@@ -53,7 +53,8 @@ def choice(found: Chosen, wanted: str) -> str:
     settings = found.settings
     model, training = settings.model, settings.training
     changed = "" if found.recipe else ", changed by flags"
-    shape = f"{getattr(model, 'layers', '?')} layers of {getattr(model, 'embedding_size', '?')}"
+    layers = getattr(model, "layers", 0)
+    shape = f"{layers} layer{'s' * (layers != 1)} of {getattr(model, 'embedding_size', '?')}"
     lines = [
         f"By plan{changed}: {FAMILIES[wanted]}, {shape}, context {model.context_length}, in batches of"
         f" {training.batch_size} at rate {training.learning_rate:g}, tokenizer {training.tokenizer}. All of it is in"

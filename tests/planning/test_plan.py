@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import quire as library
-from quire.cli.plan import by_heart, told
+from quire.cli.plan import differs, told
 from quire.config import Table, merged
 from quire.errors import UserError
 from quire.planning import plan as planning
@@ -255,8 +255,8 @@ def test_a_short_text_is_not_learned_by_heart(minutes: float, spent: float, on_m
     build = building(training={"minutes": minutes})
     found, said = follow(build, "modern", time.time()), planning.planned(build, "modern")
     assert found.settings.training.minutes == spent and said.seconds == pytest.approx(60 * spent)
-    assert ("by heart" in choice(found, "modern")) == ("by heart" in by_heart(said))
-    assert ("by heart" in by_heart(said)) == (spent < minutes) == (said.share < 1)
+    assert ("by heart" in choice(found, "modern")) == ("by heart" in differs(said))
+    assert ("by heart" in differs(said)) == (spent < minutes) == (said.share < 1)
     assert planning.planned(building(training={"minutes": minutes}, model={"layers": 3}), "modern").share == 1
 
 

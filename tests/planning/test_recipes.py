@@ -54,17 +54,39 @@ def test_a_prediction_is_the_regression_and_its_range(monkeypatch: pytest.Monkey
         (found.bits_per_byte / math.exp(0.05), found.bits_per_byte * math.exp(0.05))
     )
     assert not found.extrapolated
-    for seconds, size in ((3000, 100_000), (1, 100_000), (30, 10**9), (30, 500)):
+    for seconds, size in ((3000, 100_000), (5, 100_000), (30, 10**9), (30, 500)):
         assert predicted("modern", seconds, size, COUNTED).extrapolated  # type: ignore[union-attr]
     assert predicted("ngram", 30, 100_000, COUNTED) is None
     assert predicted("modern", 0, 100_000, COUNTED) is None
+    assert predicted("modern", 3.7, 100_000, COUNTED) is None  # a quarter of the shortest that was measured
+
+
+def test_n_grams_beside_a_network_are_foretold_no_worse_than_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = {"coefficients": [0.1] + [0.0] * 6, "deviation": 0.05, "core_seconds": [15, 60], "bytes": [20_000, 10**6]}
+    monkeypatch.setattr(recipes, "table", lambda: {"predictions": {"modern": fit, "ngram": fit}})
+    found = {family: predicted(family, 30, 100_000, COUNTED).bits_per_byte for family in FAMILIES}  # type: ignore[union-attr]
+    assert found == pytest.approx({"modern": min(COUNTED) * math.exp(0.1), "ngram": min(COUNTED)})
+
+
+def test_what_suits_more_text_is_no_recipe_for_a_longer_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [
+        {"family": "modern", "core_seconds": 60, "bytes": 20_000, "recipe": "short"},
+        {"family": "modern", "core_seconds": 180, "bytes": 20_000, "recipe": "small", "share": 0.5},
+        {"family": "modern", "core_seconds": 600, "bytes": 1_000_000, "recipe": "large"},
+        {"family": "modern", "core_seconds": 60, "bytes": 80_000_000, "recipe": "many"},
+    ]
+    monkeypatch.setattr(recipes, "table", lambda: {"choices": places, "recipes": {}})
+    assert chosen("modern", 180, 30_000) == Choice("small", 0.5)
+    assert chosen("modern", 18_000, 30_000) == Choice("small", 0.5 * 180 / 18_000)  # 90 core-seconds, as before
+    assert chosen("modern", 18_000, 2_000_000) == Choice("large")
+    assert chosen("modern", 600, 30_000_000).recipe == "large"  # of so much text only a short time was measured
 
 
 EXTREMES = [[FEWEST_BITS] * 5, [8.0, *[FEWEST_BITS] * 4], [FEWEST_BITS, *[8.0] * 4], [30.0] * 5, COUNTED]
 
 
 @pytest.mark.parametrize("counted", EXTREMES)
-@pytest.mark.parametrize("core_seconds", [1e-6, 1, 1e9])
+@pytest.mark.parametrize("core_seconds", [3.75, 60, 1e9])
 @pytest.mark.parametrize("size", [1, 50_000, 10**15])
 def test_no_text_and_no_time_is_too_extreme(
     core_seconds: float, size: int, counted: list[float], monkeypatch: pytest.MonkeyPatch
