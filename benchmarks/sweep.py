@@ -83,7 +83,7 @@ LATER = 20_000_000  # enwik8 is taken from here on: its first megabytes are one 
 MOST = 10  # evaluations, as in a training by the clock; of a longer text, which costs longer, fewer, by core-minutes
 EVALUATIONS = {0.25: 2, 1.0: 3, 3.0: 6, 10.0: 8, 30.0: 10}
 CLEARLY = 0.01  # lower bits per byte, as a share: more than chance makes of the same recipe
-PENALTY = 0.02  # of the regression's coefficients, which keeps them small where cells are few
+PENALTY = 0.003  # of the regression's coefficients, which keeps them small where cells are few
 
 
 def cells(minutes: list[float], families: list[str], sizes: list[int]) -> Iterator[dict[str, Any]]:
@@ -136,7 +136,7 @@ def trained(cell: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     settings: Settings = typed(layered("default", None, {**flags, "training": {**flags["training"], "steps": 1}}))
     settings, prepared = fitted(*load_data(settings)[:2])
-    text = measure(prepared)
+    text = measure(prepared, piloted=True)
     seconds = 60 * cell["minutes"]
     speed = measured(settings, prepared, torch.device("cpu"), min(5.0, 0.2 * seconds), 1)
     assert speed.cpu_seconds is not None
@@ -157,6 +157,7 @@ def trained(cell: dict[str, Any]) -> dict[str, Any]:
         "last_bits_per_byte": round(lines[-1]["validation_bits_per_byte"], 4),
         "vocabulary": prepared.tokenizer.vocabulary_size,
         "counted": [round(bits, 4) for bits in text.counted],
+        "pilot": round(text.pilot, 4),
     }
 
 
@@ -239,7 +240,7 @@ def fit() -> None:
             place = {"family": kind, "core_seconds": 60 * minutes, "bytes": size, "recipe": recipe}
             found["choices"].append(place | ({"share": round(spent / minutes, 4)} if spent < minutes else {}))
         if own:
-            found["predictions"][kind] = regression(unspoilt(best_of(own)), found["step_seconds"])
+            found["predictions"][kind] = regression(kind, unspoilt(best_of(own)), found["step_seconds"])
     TABLE.write_text(spelled(found), encoding="utf-8")
 
 
@@ -293,7 +294,7 @@ def best_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def regression(lines: list[dict[str, Any]], step_seconds: dict[str, float]) -> dict[str, Any]:
+def regression(kind: str, lines: list[dict[str, Any]], step_seconds: dict[str, float]) -> dict[str, Any]:
     """Ridge regression of ln(bits per byte / the best counted ones); the deviation is that of texts left out.
 
     Core-seconds are steps times what a step of the recipe typically took: what a busy machine added is left out.
@@ -301,7 +302,7 @@ def regression(lines: list[dict[str, Any]], step_seconds: dict[str, float]) -> d
     times = [line["steps"] * step_seconds[line["recipe"]] for line in lines]
     sizes = [line["training_bytes"] for line in lines]
     rows = zip(times, sizes, lines, strict=True)
-    inputs = np.array([features(seconds, size, line["counted"]) for seconds, size, line in rows])
+    inputs = np.array([features(kind, time, size, line["counted"], line["pilot"]) for time, size, line in rows])
     targets = np.array([np.log(line["bits_per_byte"] / min(line["counted"])) for line in lines])
     texts = np.array([PART_OF.get(line["text"], line["text"]) for line in lines])
     errors = []

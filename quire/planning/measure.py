@@ -1,4 +1,4 @@
-"""A text's measure: how large it is, and how well counting predicts it."""
+"""A text's measure: how large it is, how well counting predicts it, and a small network after a few steps."""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import numpy as np
 from quire.data.prepare import Prepared
 from quire.errors import UserError
 from quire.layers.kneser_ney import kneser_ney
+from quire.planning.pilot import pilot
 
 ORDERS = (2, 3, 4, 5, 6)  # of the counted n-grams, in characters
 COUNTED, HELD_OUT = 1_000_000, 100_000  # characters that are counted at most, and that are predicted from them
@@ -17,16 +18,19 @@ FEWEST_BITS = 1e-3  # per byte; a text that repeats itself costs none, which has
 @dataclass(frozen=True)
 class Measure:
     """`bytes` of UTF-8 to train on, about, its `characters`, how many are different in what was counted, and the bits
-    per byte that counting reaches at the orders 2 to 6 on the beginning of the held-out text."""
+    per byte on the beginning of the held-out text that counting reaches at the orders 2 to 6, and that the `pilot` of
+    pilot.py does (0: it was not asked)."""
 
     bytes: int
     characters: int
     different: int
     counted: tuple[float, ...]
+    pilot: float = 0.0
 
 
-def measure(prepared: Prepared) -> Measure:
-    """The measure of a prepared text: of a long one the part before what is held out is counted.
+def measure(prepared: Prepared, piloted: bool) -> Measure:
+    """The measure of a prepared text, a network's too where it is `piloted`: of a long text the part before what is
+    held out is counted, and learned from.
 
     Raises UserError where there is too little to count.
     """
@@ -46,7 +50,9 @@ def measure(prepared: Prepared) -> Measure:
     bits = bits.clip(min=FEWEST_BITS)
     share = 1 - prepared.report["held_out"]
     total = round(prepared.report["characters"] * share)
-    return Measure(round(total * size / len(held_out)), total, len(characters), tuple(float(value) for value in bits))
+    network = max(FEWEST_BITS, pilot(learned, held_out)) if piloted else 0.0
+    counted = tuple(float(value) for value in bits)
+    return Measure(round(total * size / len(held_out)), total, len(characters), counted, network)
 
 
 def text(prepared: Prepared, tokens: object, count: int) -> str:

@@ -262,7 +262,7 @@ def summed_up(found: Chosen, wanted: str, seconds: float, device: torch.device) 
     evaluating = seconds_evaluating(training, speed, seconds, steps)
     if not steps:
         steps = max(1, int((seconds - START_SECONDS - EXIT_SECONDS - evaluating) / speed.step_seconds))
-    text = measure(prepared)
+    text = measure(prepared, piloted=wanted == EXPORTABLE)
     core_seconds = steps * table()["step_seconds"].get(found.recipe, 0.0)
     what_if = WhatIf(text, core_seconds / found.share, wanted)
     names = ("layers", "embedding_size", "heads", "feedforward_size", "hidden_size")
@@ -294,7 +294,7 @@ def summed_up(found: Chosen, wanted: str, seconds: float, device: torch.device) 
         seconds=round(max(seconds, START_SECONDS + EXIT_SECONDS + steps * speed.step_seconds + evaluating), 1),
         minutes=round(seconds / 60, 4),
         share=found.share,
-        prediction=predicted(wanted, core_seconds, text.bytes, list(text.counted)),
+        prediction=predicted(wanted, core_seconds, text.bytes, text.counted, text.pilot),
         longer=what_if.at(LONGER) if found.share == 1 else None,
         gpu=what_if.at(GPU) if device.type == "cpu" else None,
         fastest=what_if.fastest() if wanted == EXPORTABLE else None,
@@ -334,7 +334,7 @@ class WhatIf:
         if not kind:
             return None
         choice = chosen(kind, core_seconds, self.text.bytes)
-        found = predicted(kind, choice.share * core_seconds, self.text.bytes, list(self.text.counted))
+        found = predicted(kind, choice.share * core_seconds, self.text.bytes, self.text.counted, self.text.pilot)
         if found is None:
             return None
         return {"times": times, "recipe": choice.recipe, "prediction": found}

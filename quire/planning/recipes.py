@@ -6,6 +6,7 @@ threads are compared by measuring: a step of a recipe took `step_seconds` there.
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -96,26 +97,37 @@ def chosen(family: str, core_seconds: float, size: int) -> Choice:
     return Choice(nearest["recipe"], share * beyond if share < 1 else share)
 
 
-def features(core_seconds: float, size: int, counted: list[float]) -> np.ndarray:
-    """What the bits per byte are predicted from: (7,). `counted` are those of Kneser-Ney at the orders 2 to 6.
+def features(family: str, core_seconds: float, size: int, counted: Sequence[float], pilot: float) -> np.ndarray:
+    """What the bits per byte are predicted from: (6,), or (7,) with n-grams beside the network. `counted` are those of
+    Kneser-Ney at the orders 2 to 6, `pilot` those of a small network after a few steps (pilot.py).
 
-    ln(bits per byte / best) = a + b ln s + c ln^2 s + d ln n + e ln s ln n + f ln(best) + g ln(order 2 / best), with s
-    core-seconds, n bytes of text and `best` the least of `counted`.
+    ln(bits per byte / best) = a + b ln s + c ln^2 s + d ln n + e ln p + f ln s ln p, and with n-grams beside it
+                             = a + b ln s + c ln^2 s + d ln n + e ln s ln n + f ln(best) + g ln(order 2 / best),
+    with s core-seconds, n bytes of text, `best` the least of `counted`, and p = pilot / best.
     """
     time, length, best = math.log(core_seconds), math.log(size), min(counted)
-    order = math.log(counted[0] / best)
-    return np.array([1.0, time, time**2, length, time * length, math.log(best), order])
+    if family == FASTEST:
+        order = math.log(counted[0] / best)
+        return np.array([1.0, time, time**2, length, time * length, math.log(best), order])
+    harder = math.log(pilot / best)
+    return np.array([1.0, time, time**2, length, harder, time * harder])
 
 
-def predicted(family: str, core_seconds: float, size: int, counted: list[float]) -> Prediction | None:
-    """The bits per byte to expect; None where the sweep has nothing of this family, or for far too short a time."""
+def predicted(
+    family: str, core_seconds: float, size: int, counted: Sequence[float], pilot: float = 0.0
+) -> Prediction | None:
+    """The bits per byte to expect; None where the sweep has nothing of this family, or for far too short a time, or
+    without a pilot that this family needs."""
     found = table()["predictions"].get(family)
     if found is None or core_seconds < found["core_seconds"][0] / FARTHEST:  # in a few steps nothing is learned yet
+        return None
+    if not pilot and family != FASTEST:
         return None
     ranges = ((core_seconds, found["core_seconds"]), (size, found["bytes"]))
     outside = any(not low / NEAR <= value <= high * NEAR for value, (low, high) in ranges)
     near = [min(max(value, low / FARTHEST), high * FARTHEST) for value, (low, high) in ranges]
-    center = min(counted) * math.exp(float(features(near[0], round(near[1]), counted) @ found["coefficients"]))
+    ratio = features(family, near[0], round(near[1]), counted, pilot) @ found["coefficients"]
+    center = min(counted) * math.exp(float(ratio))
     if family == FASTEST:  # whose counts stand beside the network: wherever one was chosen, it did no worse than they
         center = min(center, min(counted))
     spread = math.exp(found["deviation"])

@@ -44,27 +44,30 @@ def test_the_nearest_place_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_prediction_is_the_regression_and_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    coefficients = [0.5, -0.1, 0.0, 0.01, 0.0, 0.0, 0.2]
+    coefficients = [0.5, -0.1, 0.0, 0.01, 0.2, 0.03]
     fit = {"coefficients": coefficients, "deviation": 0.05, "core_seconds": [15, 60], "bytes": [20_000, 1_000_000]}
     monkeypatch.setattr(recipes, "table", lambda: {"predictions": {"modern": fit}})
-    found = predicted("modern", 30, 100_000, COUNTED)
-    share = 0.5 - 0.1 * math.log(30) + 0.01 * math.log(100_000) + 0.2 * math.log(3.4 / 2.2)
+    found = predicted("modern", 30, 100_000, COUNTED, 2.9)
+    harder = math.log(2.9 / 2.2)
+    share = 0.5 - 0.1 * math.log(30) + 0.01 * math.log(100_000) + 0.2 * harder + 0.03 * math.log(30) * harder
     assert found is not None and found.bits_per_byte == pytest.approx(2.2 * math.exp(share))
     assert (found.low, found.high) == pytest.approx(
         (found.bits_per_byte / math.exp(0.05), found.bits_per_byte * math.exp(0.05))
     )
     assert not found.extrapolated
     for seconds, size in ((3000, 100_000), (5, 100_000), (30, 10**9), (30, 500)):
-        assert predicted("modern", seconds, size, COUNTED).extrapolated  # type: ignore[union-attr]
+        assert predicted("modern", seconds, size, COUNTED, 2.9).extrapolated  # type: ignore[union-attr]
     assert predicted("ngram", 30, 100_000, COUNTED) is None
-    assert predicted("modern", 0, 100_000, COUNTED) is None
-    assert predicted("modern", 3.7, 100_000, COUNTED) is None  # a quarter of the shortest that was measured
+    assert predicted("modern", 0, 100_000, COUNTED, 2.9) is None
+    assert predicted("modern", 3.7, 100_000, COUNTED, 2.9) is None  # a quarter of the shortest that was measured
+    assert predicted("modern", 30, 100_000, COUNTED) is None  # nobody has asked a pilot
 
 
 def test_n_grams_beside_a_network_are_foretold_no_worse_than_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    fit = {"coefficients": [0.1] + [0.0] * 6, "deviation": 0.05, "core_seconds": [15, 60], "bytes": [20_000, 10**6]}
-    monkeypatch.setattr(recipes, "table", lambda: {"predictions": {"modern": fit, "ngram": fit}})
-    found = {family: predicted(family, 30, 100_000, COUNTED).bits_per_byte for family in FAMILIES}  # type: ignore[union-attr]
+    fit = {"deviation": 0.05, "core_seconds": [15, 60], "bytes": [20_000, 10**6]}
+    fits = {"modern": {**fit, "coefficients": [0.1] + [0.0] * 5}, "ngram": {**fit, "coefficients": [0.1] + [0.0] * 6}}
+    monkeypatch.setattr(recipes, "table", lambda: {"predictions": fits})
+    found = {family: predicted(family, 30, 100_000, COUNTED, 2.9).bits_per_byte for family in FAMILIES}  # type: ignore[union-attr]
     assert found == pytest.approx({"modern": min(COUNTED) * math.exp(0.1), "ngram": min(COUNTED)})
 
 
@@ -91,12 +94,16 @@ EXTREMES = [[FEWEST_BITS] * 5, [8.0, *[FEWEST_BITS] * 4], [FEWEST_BITS, *[8.0] *
 def test_no_text_and_no_time_is_too_extreme(
     core_seconds: float, size: int, counted: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert np.isfinite(features(core_seconds, size, counted)).all()
-    coefficients = [1.0, -0.2, -0.03, 0.01, 0.003, -0.3, 0.3]  # about what the sweep's first texts gave
-    fit = {"coefficients": coefficients, "deviation": 0.2, "core_seconds": [15, 1800], "bytes": [20_000, 10**8]}
-    monkeypatch.setitem(table(), "predictions", {"modern": fit})
-    found = predicted("modern", core_seconds, size, counted)
-    assert found is not None and 0 < found.low < found.bits_per_byte < found.high < math.inf
+    coefficients = {"ngram": [1.0, -0.2, -0.03, 0.01, 0.003, -0.3, 0.3],  # about what the sweep's first texts gave
+                    "modern": [1.0, -0.2, -0.03, 0.01, 0.4, -0.03]}  # fmt: skip
+    fit = {"deviation": 0.2, "core_seconds": [15, 1800], "bytes": [20_000, 10**8]}
+    fits = {family: {**fit, "coefficients": coefficients[family]} for family in FAMILIES}
+    monkeypatch.setitem(table(), "predictions", fits)
+    for kind in FAMILIES:
+        for pilot in (FEWEST_BITS, 2.9, 30.0):
+            assert np.isfinite(features(kind, core_seconds, size, counted, pilot)).all()
+            found = predicted(kind, core_seconds, size, counted, pilot)
+            assert found is not None and 0 < found.low < found.bits_per_byte < found.high < math.inf
 
 
 MINUTES = TrainingSettings(minutes=1.0)
