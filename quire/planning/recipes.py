@@ -24,13 +24,14 @@ EXPORTABLE, FASTEST = "modern", "ngram"  # the families of recipes: kinds of mod
 FAMILIES = {EXPORTABLE: "a pure Transformer", FASTEST: "a Transformer with n-grams beside it"}
 SIZE_WEIGHT = 0.5  # how much a factor of two in the text's size counts, beside one in the time
 NEAR = 1.5  # within this factor of what was measured, a prediction is no extrapolation
+WIDE = 2.0  # deviations to each side: the sweep has few texts, and others differ from them more than they do
 FARTHEST = 4.0  # it goes no farther beyond what was measured than by this factor, and stays there
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bits per byte of the held-out text, in a range of one standard deviation: that of texts which were left out of
-    the fit; `extrapolated` where time or text are well outside what was measured."""
+    """Bits per byte of the held-out text, in a range of two standard deviations to each side: those of texts which were
+    left out of the fit; `extrapolated` where time or text are well outside what was measured."""
 
     bits_per_byte: float
     low: float
@@ -130,5 +131,5 @@ def predicted(
     center = min(counted) * math.exp(float(ratio))
     if family == FASTEST:  # whose counts stand beside the network: wherever one was chosen, it did no worse than they
         center = min(center, min(counted))
-    spread = math.exp(found["deviation"])
+    spread = math.exp(WIDE * found["deviation"])
     return Prediction(center, center / spread, center * spread, outside)

@@ -52,7 +52,7 @@ def test_a_prediction_is_the_regression_and_its_range(monkeypatch: pytest.Monkey
     share = 0.5 - 0.1 * math.log(30) + 0.01 * math.log(100_000) + 0.2 * harder + 0.03 * math.log(30) * harder
     assert found is not None and found.bits_per_byte == pytest.approx(2.2 * math.exp(share))
     assert (found.low, found.high) == pytest.approx(
-        (found.bits_per_byte / math.exp(0.05), found.bits_per_byte * math.exp(0.05))
+        (found.bits_per_byte / math.exp(0.1), found.bits_per_byte * math.exp(0.1))
     )
     assert not found.extrapolated
     for seconds, size in ((3000, 100_000), (5, 100_000), (30, 10**9), (30, 500)):
