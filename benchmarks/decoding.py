@@ -43,15 +43,16 @@ from quire.tokenizers import CharacterTokenizer  # noqa: E402
 GPT2 = {"kind": "gpt", "vocabulary_size": 50257, "context_length": 1024, "layers": 12, "heads": 12,
         "embedding_size": 768, "separator": 50256}  # fmt: skip
 PROMPT, TOKENS = 16, 32
+ASKED = 3  # times in a row, of which the median counts, where llama.cpp answers from a process of its own
 LLAMA_CPP = """
 import json, sys, urllib.request, xllamacpp
-path, prompt, tokens, threads = json.load(sys.stdin)
+path, prompt, tokens, threads, times = json.load(sys.stdin)
 given = xllamacpp.CommonParams()
 given.model.path, given.n_ctx, given.n_gpu_layers, given.fit_params = path, 512, 0, False
 given.cpuparams.n_threads = given.cpuparams_batch.n_threads = threads
 server = xllamacpp.Server(given)
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-for _ in range(3):
+for _ in range(times):
     asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
     request = urllib.request.Request(server.listening_address + "/completion", json.dumps(asked).encode())
     print("RATE", json.load(opener.open(request))["timings"]["predicted_per_second"], flush=True)
@@ -202,10 +203,11 @@ def smollm2(given: argparse.Namespace, folder: Path) -> Row:
     run = import_model(name, folder / "run")
     writers = {weights: Writer(run, "cpu", weights=weights) for weights in ("float32", "int8")}  # type: ignore[arg-type]
     rates: dict[str, list[float]] = {}
-    asked = json.dumps([str(folder / "original.gguf"), "The capital of France is", TOKENS, given.threads])
+    asked = json.dumps([str(folder / "original.gguf"), "The capital of France is", TOKENS, given.threads, ASKED])
     for _ in range(given.repeats):
         for weights, writer in writers.items():
-            rates.setdefault(weights, []).append(TOKENS / ours(writer.model, writer.device)())
+            write = ours(writer.model, writer.device)
+            rates.setdefault(weights, []).append(statistics.median(TOKENS / write() for _ in range(ASKED)))
         done = subprocess.run([sys.executable, "-c", LLAMA_CPP], input=asked, capture_output=True, text=True)
         found = [float(line[5:]) for line in done.stdout.splitlines() if line.startswith("RATE")]
         if found:
