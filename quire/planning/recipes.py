@@ -77,7 +77,7 @@ def chosen(family: str, core_seconds: float, size: int) -> Choice:
     """What did best where the sweep measured nearest to this time and size of text in bytes.
 
     A time longer than any that was measured with texts up to a size counts as the longest there: what suits more text
-    than that is no recipe for it. What was to end early there ends as early now.
+    than that is no recipe for it. Where a part of the time did best, so many core-seconds are taken now.
     """
     places = [place for place in table()["choices"] if place["family"] == family]
     if not places:
@@ -93,9 +93,9 @@ def chosen(family: str, core_seconds: float, size: int) -> Choice:
         return abs(time) + SIZE_WEIGHT * abs(math.log2(max(size, 1) / place["bytes"]))
 
     nearest = min(places, key=distance)
-    share = nearest.get("share", 1.0)
-    beyond = min(1.0, longest[nearest["bytes"]] / max(core_seconds, 1.0))
-    return Choice(nearest["recipe"], share * beyond if share < 1 else share)
+    if "share" not in nearest:
+        return Choice(nearest["recipe"])
+    return Choice(nearest["recipe"], min(1.0, nearest["share"] * nearest["core_seconds"] / max(core_seconds, 1.0)))
 
 
 def features(family: str, core_seconds: float, size: int, counted: Sequence[float], pilot: float) -> np.ndarray:

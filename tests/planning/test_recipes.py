@@ -40,7 +40,9 @@ def test_the_nearest_place_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes, "table", lambda: {"choices": places, "recipes": {}})
     found = [chosen("modern", seconds, 30_000).recipe for seconds in (1, 60, 200, 9000)]
     assert found == ["small", "small", "large", "large"]
-    assert chosen("ngram", 1, 1) == Choice("tables", 0.3)
+    assert chosen("ngram", 600, 1) == Choice("tables", 0.3)
+    assert chosen("ngram", 900, 1) == Choice("tables", 0.2)  # as many core-seconds
+    assert chosen("ngram", 100, 1) == Choice("tables", 1.0)
 
 
 def test_a_prediction_is_the_regression_and_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
