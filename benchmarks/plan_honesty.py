@@ -82,9 +82,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "plan_honesty.json")
     given = parser.parse_args()
     rows = json.loads(given.json.read_text())["rows"] if given.json.exists() else []
+    texts = six_texts(given.texts)
     if given.again:
         for row in rows:
-            told = foretold(six_texts(given.texts)[row["text"]], row["minutes"], row["fastest"])
+            told = foretold(texts[row["text"]], row["minutes"], row["fastest"])
             row |= told if told["recipe"] == row["recipe"] else {"recipe": ""}
         rows = [row for row in rows if row["recipe"]]  # of another recipe the training is to be done again
         given.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
@@ -96,7 +97,7 @@ def main() -> None:
     for row in rows:
         show(row)
     for minutes in sorted(given.minutes):
-        for name, text in six_texts(given.texts).items():
+        for name, text in texts.items():
             if (name, minutes, given.fastest) not in done:
                 rows.append(cell(name, text, minutes, given.fastest))
                 show(rows[-1])

@@ -3,17 +3,17 @@
 Counting knows how often a text repeats itself, and not how hard that is for a network to find; sixty steps do.
 """
 
-import math
-
 import torch
 from torch import nn
 
 from quire.data.batches import Batches, Cursor
+from quire.evaluation.evaluate import bits_per_byte
 from quire.evaluation.loss import total_loss
 from quire.models import build_model
 from quire.planning.recipes import table
 from quire.tokenizers import ByteBPETokenizer
 from quire.training.optimizers import OPTIMIZERS, set_learning_rates
+from quire.training.schedules import linear, warmed_up
 from quire.training.settings import layered, typed
 
 RECIPE, PIECES, STEPS, WARMUP, SEED = "modern-1x64-64-pieces", 1024, 60, 10, 0
@@ -37,11 +37,11 @@ def pilot(learned: str, held_out: str) -> float:
         optimizers = OPTIMIZERS[training.optimizer](model, training)
         batches, cursor = Batches(ids, shape.context_length, SEED), Cursor()
         for step in range(STEPS):
-            set_learning_rates(optimizers, min(1.0, (step + 1) / (WARMUP + 1)) * (1 - step / STEPS))
+            set_learning_rates(optimizers, warmed_up(linear, step, WARMUP, step / STEPS, floor=0.0, share=0.0))
             model(**batches.take(cursor, training.batch_size).arguments()).backward()
             nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip)
             for optimizer in optimizers:
                 optimizer.step()
             model.zero_grad(set_to_none=True)
         nats, _ = total_loss(model, measured, shape.context_length, shape.vocabulary_size, CPU)
-    return nats / math.log(2) / len(held_out.encode())
+    return bits_per_byte(nats, len(held_out.encode()))

@@ -262,7 +262,7 @@ def summed_up(found: Chosen, wanted: str, seconds: float, device: torch.device) 
     evaluating = seconds_evaluating(training, speed, seconds, steps)
     if not steps:
         steps = max(1, int((seconds - START_SECONDS - EXIT_SECONDS - evaluating) / speed.step_seconds))
-    text = measure(prepared, piloted=wanted == EXPORTABLE)
+    text = measure(prepared, piloted=wanted == EXPORTABLE and bool(found.recipe))  # of no recipe nothing is foretold
     core_seconds = steps * table()["step_seconds"].get(found.recipe, 0.0)
     what_if = WhatIf(text, core_seconds / found.share, wanted)
     names = ("layers", "embedding_size", "heads", "feedforward_size", "hidden_size")

@@ -91,7 +91,7 @@ EXTREMES = [[FEWEST_BITS] * 5, [8.0, *[FEWEST_BITS] * 4], [FEWEST_BITS, *[8.0] *
 
 
 @pytest.mark.parametrize("counted", EXTREMES)
-@pytest.mark.parametrize("core_seconds", [3.75, 60, 1e9])
+@pytest.mark.parametrize("core_seconds", [1e-6, 1, 3.75, 60, 1e9])
 @pytest.mark.parametrize("size", [1, 50_000, 10**15])
 def test_no_text_and_no_time_is_too_extreme(
     core_seconds: float, size: int, counted: list[float], monkeypatch: pytest.MonkeyPatch
@@ -105,6 +105,9 @@ def test_no_text_and_no_time_is_too_extreme(
         for pilot in (FEWEST_BITS, 2.9, 30.0):
             assert np.isfinite(features(kind, core_seconds, size, counted, pilot)).all()
             found = predicted(kind, core_seconds, size, counted, pilot)
+            if core_seconds < 3.75:  # a quarter of the shortest that was measured: nothing is learned yet
+                assert found is None
+                continue
             assert found is not None and 0 < found.low < found.bits_per_byte < found.high < math.inf
 
 
