@@ -36,7 +36,7 @@ from quire import checkpoint, files
 from quire.errors import UserError
 from quire.run import Run
 from quire.training.loop import Trainer
-from quire.training.train import resume
+from quire.training.resume import resume
 
 TINY = {"layers": 1, "embedding_size": 16, "heads": 2, "context_length": 16}
 LONGEST = 0.5  # seconds from a child's start to its death, at most

@@ -24,7 +24,7 @@ _FACE = {
     "DataSettings": "quire.data.reading",
     "UserError": "quire.errors",
     "train": "quire.planning.train",
-    "resume": "quire.training.train",
+    "resume": "quire.training.resume",
     "finetune": "quire.training.finetune",
     "plan": "quire.planning.plan",
     "generate": "quire.generation.generate",

@@ -4,10 +4,13 @@
     training.safetensors   optimizer state and random generators
     state.json             everything else, and the CRC-32 of every tensor and file
 
-state.json is written last: a folder that has it is complete.
+Of a model that was trained in parts (training/sharded.py) shard-*.safetensors take the place of the first two; they
+are put together when they are read. state.json is written last: a folder that has it is complete.
 """
 
 import errno
+import json
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ from quire import files
 from quire.errors import UserError
 
 MODEL, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
+PLACES = "DCP_SHARDING_INFO"  # in a shard's header: where its parts belong, as torch.distributed.checkpoint writes it
 
 Tensors = dict[str, Tensor]
 
@@ -41,9 +45,7 @@ def model_tensors(model: nn.Module) -> Tensors:
 def load_model_tensors(model: nn.Module, tensors: Tensors, origin: Path | str) -> None:
     """Copy `tensors` into the model; a missing, unknown or misshapen one is a UserError naming it and `origin`."""
     own = model_tensors(model)
-    if own.keys() != tensors.keys():
-        different = ", ".join(sorted(own.keys() ^ tensors.keys())[:5])
-        raise UserError(f"{origin} does not fit this model's settings: {different} are in one and not in the other.")
+    check_names(own, tensors.keys(), origin)
     with torch.no_grad():
         for name, tensor in own.items():
             if tensor.shape != tensors[name].shape:
@@ -51,7 +53,34 @@ def load_model_tensors(model: nn.Module, tensors: Tensors, origin: Path | str) -
                     f"{origin} does not fit this model's settings: {name} is {tuple(tensors[name].shape)} there,"
                     f" and {tuple(tensor.shape)} here."
                 )
-            tensor.copy_(tensors[name])
+            put(tensor, tensors[name])
+
+
+def check_names(own: Tensors, found: Iterable[str], origin: Path | str) -> None:
+    """Refuse a checkpoint whose tensors have other names than the model's."""
+    if different := sorted(own.keys() ^ set(found)):
+        names = ", ".join(name.removeprefix("model.") for name in different[:5])
+        raise UserError(f"{origin} does not fit this model's settings: {names} are in one and not in the other.")
+
+
+def put(tensor: Tensor, values: Tensor) -> None:
+    """Copy `values` into a tensor; where that is a process's part of one (a DTensor), its part of them."""
+    with torch.no_grad():
+        if hasattr(tensor, "to_local"):
+            tensor.to_local().copy_(part_of(values, tensor))
+        else:
+            tensor.copy_(values)
+
+
+def part_of(values: Tensor, sharded: Any) -> Tensor:
+    """The part of `values` that this process holds of a tensor sharded like `sharded`."""
+    from torch.distributed.tensor import Shard
+
+    (placement,), mesh = sharded.placements, sharded.device_mesh
+    assert isinstance(placement, Shard) and placement.dim == 0, "parameters are sharded by their rows"
+    rows = values.chunk(mesh.size())
+    number = mesh.get_local_rank()
+    return rows[number] if number < len(rows) else values[:0]
 
 
 def save(folder: Path, model: Tensors, training: Tensors, state: dict[str, Any]) -> None:
@@ -68,7 +97,8 @@ def save_again(folder: Path, origin: Path) -> None:
     """Replace `folder` by the checkpoint just saved in `origin`, whole or not at all, without writing it again."""
 
     def write(new: Path) -> None:
-        for name in (MODEL, TRAINING, STATE):
+        names = [path.name for path in sorted(origin.iterdir()) if path.name != STATE]
+        for name in (*names, STATE):
             files.same_file(origin / name, new / name)
 
     files.replace_folder(folder, write)
@@ -91,6 +121,12 @@ def load(folder: Path, training: bool = True) -> Checkpoint:
                 raise
 
 
+def is_sharded(folder: Path) -> bool:
+    """Whether the checkpoint in `folder` was written in parts."""
+    found = files.complete_folder(folder, STATE)
+    return found is not None and not (found / MODEL).exists()
+
+
 def exists(folder: Path) -> bool:
     """Whether there is a complete checkpoint."""
     return files.complete_folder(folder, STATE) is not None
@@ -98,9 +134,36 @@ def exists(folder: Path) -> bool:
 
 def _load(folder: Path, training: bool) -> Checkpoint:
     whole = files.read_json(folder / STATE)
+    if MODEL not in whole["files"]:
+        return read_shards(folder, whole, training)
     model = read_tensors(folder / MODEL, whole["files"][MODEL])
     rest = read_tensors(folder / TRAINING, whole["files"][TRAINING]) if training else {}
     return Checkpoint(model, rest, whole["state"])
+
+
+def read_shards(folder: Path, whole: dict[str, Any], training: bool) -> Checkpoint:
+    """A checkpoint that several processes wrote in parts, put together."""
+    from safetensors import safe_open
+
+    parts: dict[str, list[tuple[list[int], Tensor]]] = {}
+    for file, sums in whole["files"].items():
+        if not training and not any(name.startswith("model.") for name in sums["tensors"]):
+            continue
+        tensors = read_tensors(folder / file, sums)
+        with safe_open(folder / file, "pt") as opened:
+            places = json.loads((opened.metadata() or {}).get(PLACES, "{}"))
+        for name, tensor in tensors.items():
+            offsets = places.get(name, {}).get("saved_offsets", [0] * tensor.dim())
+            parts.setdefault(name, []).append((offsets, tensor))
+    together: dict[str, Tensors] = {"model": {}, "training": {}}
+    for name, found in parts.items():
+        size = [max(ends) for ends in zip(*((o + n for o, n in zip(at, t.shape)) for at, t in found))]
+        tensor = found[0][1].new_empty(size)
+        for offsets, values in found:
+            tensor[tuple(slice(o, o + n) for o, n in zip(offsets, values.shape))] = values
+        kind = "model" if name.startswith("model.") else "training"
+        together[kind][name.removeprefix("model.")] = tensor
+    return Checkpoint(together["model"], together["training"], whole["state"])
 
 
 def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> dict[str, Any]:
@@ -113,10 +176,21 @@ def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None 
         files.write_by(path, lambda new: save_file(plain, new, metadata))
     except SafetensorError as error:  # a full disk, by another name
         raise OSError(errno.EIO, str(error).rpartition("I/O error: ")[2], str(path)) from error
+    return _sums(path, plain)
+
+
+def sums_of(path: Path) -> dict[str, Any]:
+    """What `write_tensors` gives, of a file that is there."""
+    from safetensors.torch import load_file
+
+    return _sums(path, load_file(path))
+
+
+def _sums(path: Path, tensors: Tensors) -> dict[str, Any]:
     return {
         "bytes": path.stat().st_size,
         "crc32": files.crc32_of(path),
-        "tensors": {name: _tensor_crc32(tensor) for name, tensor in plain.items()},
+        "tensors": {name: _tensor_crc32(tensor) for name, tensor in tensors.items()},
     }
 
 

@@ -133,6 +133,12 @@ def _write_and_sync(path: Path, data: bytes | memoryview) -> None:
         file.write(data)
 
 
+def settle(path: Path) -> None:
+    """Wait until what another library wrote into a file has reached the disk."""
+    operation("write", path)
+    _sync(path)
+
+
 def _sync(path: Path) -> None:
     """Wait until a file, or on POSIX a folder's list of names, has reached the disk."""
     if path.is_dir() and os.name == "nt":
@@ -199,16 +205,28 @@ def replace_folder(path: Path, writer: Callable[[Path], object]) -> None:
 
     Whatever moment the power goes, one complete folder is left, and `complete_folder` finds it.
     """
-    new, old = beside(path), path.with_name(path.name + ".old")
-    remove(new)
-    operation("make", new)
-    new.mkdir(parents=True)
+    new = fresh_folder(path)
     try:
         writer(new)
     except BaseException:
         with contextlib.suppress(OSError):
             shutil.rmtree(new)
         raise
+    take_place(path)
+
+
+def fresh_folder(path: Path) -> Path:
+    """NAME.new, empty: what is written there is to become the folder NAME."""
+    new = beside(path)
+    remove(new)
+    operation("make", new)
+    new.mkdir(parents=True)
+    return new
+
+
+def take_place(path: Path) -> None:
+    """NAME.new, complete, becomes NAME."""
+    new, old = beside(path), path.with_name(path.name + ".old")
     _sync(new)
     if path.exists():
         remove(old)

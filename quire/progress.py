@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from quire import processes
+
 Update = Callable[..., None]  # update(share done, 0 to 1, **figures to show)
 
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal
@@ -22,13 +24,17 @@ def console() -> Any:
 
 
 def say(text: str, style: str = "") -> None:
-    """One sentence to the person, as it is (no markup)."""
-    console().print(text, style=style or None, markup=False)
+    """One sentence to the person, as it is (no markup); of several processes one speaks."""
+    if processes.leads():
+        console().print(text, style=style or None, markup=False)
 
 
 @contextmanager
 def bar(label: str) -> Iterator[Update]:
     """A progress bar for a long piece of work; figures are shown behind it as NAME VALUE, with the time left."""
+    if not processes.leads():
+        yield lambda share, **figures: None
+        return
     draw = _Bar(label) if console().is_terminal else _Lines(label)
     try:
         yield draw.update

@@ -168,14 +168,14 @@ class Run:
         """The folder of its checkpoint `best` or `last`."""
         return self.path / "checkpoints" / which
 
-    def checkpoint(self, training: bool = True) -> checkpoint.Checkpoint | None:
-        """The last checkpoint, or None where the run was stopped before its first.
+    def last_folder(self) -> Path | None:
+        """The folder of the last checkpoint, or None where the run was stopped before its first.
 
         A checkpoint that was there once and is not now is a UserError: to begin anew would overwrite the best one.
         """
         folder = self.folder("last")
         if checkpoint.exists(folder):
-            return checkpoint.load(folder, training)
+            return folder
         evaluations = sum(row.get("validation_loss") is not None for row in self.metrics())
         if folder.exists() or evaluations > 1:
             raise UserError(
@@ -183,6 +183,11 @@ class Run:
                 " the best model is in checkpoints/best, if that is there."
             )
         return None
+
+    def checkpoint(self, training: bool = True) -> checkpoint.Checkpoint | None:
+        """The last checkpoint, or None where the run was stopped before its first."""
+        folder = self.last_folder()
+        return None if folder is None else checkpoint.load(folder, training)
 
     def trained_folder(self) -> Path:
         """The folder of the best checkpoint, or of the last where there is no best yet."""

@@ -28,7 +28,7 @@ CODE = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benc
 ORDER = [
     "__main__", "cli", "server", "interop", "compression", "planning", "inspection", "training", "evaluation",
     "generation", "plots", "run", "checkpoint", "models", "data", "layers", "tokenizers", "sources", "progress",
-    "config", "files", "devices", "errors",
+    "config", "files", "devices", "processes", "errors",
 ]  # fmt: skip
 
 # Slow to import, and not needed by everyone: only inside functions.

@@ -2,15 +2,17 @@
 
 import platform
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from quire import __version__, files
+from quire import __version__, files, processes
 from quire.cli.flags import Switch, parse, print_json
-from quire.devices import memory_bytes, unused_card, usable_cores
+from quire.devices import choose_device, memory_bytes, unused_card, usable_cores
+from quire.errors import UserError
 from quire.tokenizers import core
 
+TIMEOUT = 120.0  # seconds for which a process of --distributed waits for another
 PACKAGES = ("torch", "numpy", "safetensors", "tyro", "rich", "matplotlib")
 
 
@@ -19,11 +21,14 @@ class Arguments:
     """Show what this machine has for training, and what is missing."""
 
     json: Switch = False  # print one JSON object on standard output
+    distributed: Switch = False  # under torchrun: train a small model alone and together, and compare
 
 
 def run(words: list[str]) -> int:
     """Look and tell."""
     given = parse(Arguments, words, "doctor")
+    if given.distributed:
+        return show_agreements(given.json)
     found = examine()
     if given.json:
         print_json(found)
@@ -33,6 +38,35 @@ def run(words: list[str]) -> int:
             print(f"{name.replace('_', ' '):14}{', '.join(value) if isinstance(value, list) else value}")
     for sentence in found["missing"] or ["Nothing is missing."]:
         print(sentence)
+    return 0
+
+
+def show_agreements(as_json: bool) -> int:
+    """Whether the processes of this launch train as one would."""
+    from quire.training.agreement import STEPS, TOLERANCE, agreements
+    from quire.training.distributed import join, own_device
+
+    if not processes.launched():
+        raise UserError("Start the processes with torchrun: torchrun --nproc-per-node 2 -m quire doctor --distributed")
+    world, device = join(TIMEOUT), own_device(choose_device())
+    with world.explained():
+        found = agreements(world, device)
+    if world.leads and as_json:
+        print_json(
+            {"processes": world.size, "steps": STEPS, "tolerance": TOLERANCE, "ways": [asdict(f) for f in found]}
+        )
+    elif world.leads:
+        print(f"{world.size} processes against one, {STEPS} steps: the largest difference of a loss, relative")
+        for each in found:
+            same = "the same" if each.same_parameters else "DIFFERENT"
+            print(f"{each.way:28}{each.difference:9.1e}   parameters {same} in all processes")
+    if wrong := [each.way for each in found if not each.holds]:
+        raise UserError(
+            f"These processes do not train as one does: {'; '.join(wrong)}. Their torch, or the network between them,"
+            " is not to be trusted."
+        )
+    if world.leads and not as_json:
+        print(f"They agree, to {TOLERANCE:g}.")
     return 0
 
 

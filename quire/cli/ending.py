@@ -3,6 +3,7 @@
 import shlex
 import statistics
 
+from quire import processes
 from quire.cli.flags import print_json, program
 from quire.evaluation.translations import shown
 from quire.generation.generate import GenerationSettings, Writer
@@ -14,7 +15,9 @@ from quire.training.verdict import verdict
 
 
 def show_ending(run: Run, as_json: bool) -> int:
-    """The end of a training, for a person or (--json) for a program."""
+    """The end of a training, for a person or (--json) for a program; of several processes one shows it."""
+    if not processes.leads():
+        return 0
     metrics = run.metrics()
     evaluated = [row for row in metrics if row.get("validation_loss") is not None]
     best, last = min(evaluated, key=lambda row: row["validation_loss"]), metrics[-1]

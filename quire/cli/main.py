@@ -28,6 +28,7 @@ COMMANDS = {
     "corpora": "list the texts known by name",
     "doctor": "what this machine has, and what is missing",
 }
+TOGETHER = ("train", "resume", "finetune", "doctor")  # what several processes, started by torchrun, do together
 
 HELP = f"""Quire trains a language model of your own on text of your own, on the machine you have.
 
@@ -78,10 +79,13 @@ def call(arguments: list[str]) -> int:
 
 def run(command: str, words: list[str]) -> int:
     """Import the command's file and run it."""
+    from quire import processes
     from quire.errors import UserError, nearest
 
     if command not in COMMANDS:
         raise UserError(f"There is no command {command!r}.{nearest(command, list(COMMANDS))} See quire --help.")
+    if processes.world_size() > 1 and command not in TOGETHER:
+        raise UserError(f"quire {command} runs in one process: call it without torchrun.")
     return import_module(f"quire.cli.{command}").run(words) or 0
 
 
@@ -111,6 +115,9 @@ def explain(error: BaseException) -> int:
 
 
 def told(sentence: str, code: int) -> int:
-    """Print a sentence on standard error."""
-    print(sentence, file=sys.stderr, flush=True)
+    """Print a sentence on standard error; of several processes that would say the same, one does."""
+    from quire import processes
+
+    if processes.first_to_say(sentence):
+        print(sentence, file=sys.stderr, flush=True)
     return code

@@ -11,7 +11,7 @@ from quire.cli.main import BEGAN
 from quire.errors import UserError
 from quire.progress import say
 from quire.run import Run
-from quire.training.train import VERIFIED_STEPS, resume, verify
+from quire.training.resume import VERIFIED_STEPS, resume, verify
 
 Paths = Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...", help_behavior_hint="")]
 

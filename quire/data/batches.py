@@ -5,7 +5,7 @@ windows of T (the context length) over them; from the second epoch on the grid i
 a token is not always seen with the same context. Short windows at the ends are filled with ignored targets.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from quire.data.shards import TokenStream
 from quire.layers.cross_entropy import IGNORED
+
+EVERY = slice(None)  # the share of one who shares with nobody
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Cursor:
 class Batch:
     """`inputs` and `targets` (B, T), int64; `counted` of the targets are to be predicted, the others are IGNORED.
 
+    `among` is how many there are in the whole batch, of which this may be a process's share, or a part of that.
     `source` (B, S), where there is one, is what a model with an encoder reads first; its padding is IGNORED too.
     """
 
@@ -34,6 +37,7 @@ class Batch:
     targets: Tensor
     counted: int
     source: Tensor | None = None
+    among: int = 0
 
     def arguments(self) -> dict[str, Tensor]:
         """What a model is called with to give the loss."""
@@ -44,12 +48,14 @@ class Batch:
         """The same examples in `parts` smaller batches."""
         inputs, targets = self.inputs.tensor_split(parts), self.targets.tensor_split(parts)
         sources = [None] * parts if self.source is None else self.source.tensor_split(parts)
-        return [Batch(i, t, int((t != IGNORED).sum()), s) for i, t, s in zip(inputs, targets, sources, strict=True)]
+        each = zip(inputs, targets, sources, strict=True)
+        return [Batch(i, t, int((t != IGNORED).sum()), s, self.among) for i, t, s in each]
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         inputs, targets = _moved(self.inputs, device), _moved(self.targets, device)
-        return Batch(inputs, targets, self.counted, None if self.source is None else _moved(self.source, device))
+        source = None if self.source is None else _moved(self.source, device)
+        return Batch(inputs, targets, self.counted, source, self.among)
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -82,8 +88,11 @@ class Batches:
         """Tokens to predict in a window."""
         return self.context_length
 
-    def take(self, cursor: Cursor, count: int) -> Batch:
-        """The next `count` examples; moves the cursor, across the end of an epoch where needed."""
+    def take(self, cursor: Cursor, count: int, share: slice = EVERY) -> Batch:
+        """Of the next `count` examples the `share`; moves the cursor, across the end of an epoch where needed.
+
+        Nothing is read of the tokens of the others.
+        """
         rows: list[slice] = []
         while len(rows) < count:
             offset, order = self.epoch(cursor.epoch)
@@ -93,7 +102,7 @@ class Batches:
                 cursor.position += 1
             if cursor.position == len(order):
                 cursor.epoch, cursor.position = cursor.epoch + 1, 0
-        return cut(self.tokens, rows, self.context_length)
+        return replace(cut(self.tokens, rows[share], self.context_length), among=sum(r.stop - r.start for r in rows))
 
 
 def cut(tokens: np.ndarray | TokenStream, rows: list[slice], context_length: int) -> Batch:

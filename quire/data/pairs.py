@@ -13,13 +13,14 @@ A pair that does not fit the context length is left out, in training as in measu
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from quire.data.batches import Batch, Cursor
+from quire.data.batches import EVERY, Batch, Cursor
 from quire.data.shards import TokenStream
 from quire.layers.cross_entropy import IGNORED
 from quire.tokenizers import Tokenizer
@@ -79,8 +80,8 @@ class Pairs:
             self._epoch, self._order = number, order
         return self._order
 
-    def take(self, cursor: Cursor, count: int) -> Batch:
-        """The next `count` pairs; moves the cursor, across the end of an epoch where needed."""
+    def take(self, cursor: Cursor, count: int, share: slice = EVERY) -> Batch:
+        """Of the next `count` pairs the `share`; moves the cursor, across the end of an epoch where needed."""
         rows: list[int] = []
         while len(rows) < count:
             order = self.epoch(cursor.epoch)
@@ -89,7 +90,7 @@ class Pairs:
             cursor.position += len(taken)
             if cursor.position == len(order):
                 cursor.epoch, cursor.position = cursor.epoch + 1, 0
-        return self.batch(rows)
+        return replace(self.batch(rows[share]), among=int(self.sizes[rows, 1].sum()))
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """Pairs by their numbers, filled up on the right to the longest of them."""

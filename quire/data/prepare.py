@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from quire import files
+from quire import files, processes
 from quire.data import shards
 from quire.data.documents import BYTES, CHARACTERS, START, Documents, Mark
 from quire.data.encode import STEP, Job, encode_shards
@@ -159,9 +159,12 @@ def prepare(
 
 
 def opened(key: str) -> TokenStream | None:
-    """The training tokens that were prepared under `key`, if they are in the cache and intact."""
+    """The training tokens that were prepared under `key`, if they are in the cache and intact.
+
+    Of several processes of a machine, the first looks whether they are intact: each is to read only its part.
+    """
     folder = files.cache_folder() / "tokens" / key
-    index = _whole(folder) if key else None
+    index = _whole(folder, looked_at=processes.local_rank() > 0) if key else None
     return None if index is None else shards.opened(folder, index[STREAMS[0]], index["dtype"])
 
 
@@ -262,14 +265,17 @@ def _encode(
     return index
 
 
-def _whole(folder: Path) -> Any:
-    """The index of what is prepared, if all of that is there and no bit of it has changed; else None."""
+def _whole(folder: Path, looked_at: bool = False) -> Any:
+    """The index of what is prepared, if all of that is there and no bit of it has changed; else None.
+
+    What is being `looked_at` by another process is taken as it is.
+    """
     try:
         index = files.read_json(folder / INDEX)
     except (OSError, UserError):
         return None
     every = (shard for name in STREAMS for shard in index[name])
-    return index if all(shards.intact(folder, shard) for shard in every) else None
+    return index if looked_at or all(shards.intact(folder, shard) for shard in every) else None
 
 
 def _key(value: Any) -> str:

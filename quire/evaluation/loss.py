@@ -32,12 +32,14 @@ def total_loss(
     device: torch.device,
     stride: int | None = None,
     most_batches: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[float, int]:
     """The sum of -log p(token), in nats, over all tokens but the first, and how many those are. Of pairs, over the
     tokens of every target and its end.
 
     With a `stride` below the context length, windows overlap: each predicts `stride` new tokens, the first all of its.
-    `most_batches` leaves the rest of the tokens out.
+    `most_batches` leaves the rest of the tokens out. A `share` (r, n) is what the process r of n measures: every n-th
+    batch. All of them call the model equally often, as one whose parts they hold wants it.
     """
     most = TOKENS if device.type == "cpu" else GPU_TOKENS
     if isinstance(tokens, Pairs):
@@ -49,14 +51,20 @@ def total_loss(
     was_training = model.training
     model.eval()
     losses, counts, pieces = [], [], 1  # in so many pieces each batch: more of them where memory runs out
-    for batch in islice(batches, most_batches):
+    rank, processes = share
+    number, batch = -1, None
+    for number, batch in enumerate(islice(batches, most_batches)):
+        if number % processes != rank:
+            continue
         while (found := _losses(model, batch, min(pieces, len(batch.inputs)), device)) is None:
             pieces *= 2
             release_memory(device)
         losses += found[0]
         counts += found[1]
+    if batch is not None and number % processes < rank:
+        model(**batch.to(device).arguments())  # only for the others, which measure one more
     model.train(was_training)
-    means = torch.stack(losses).tolist()  # read here once: a GPU is not waited for after each batch
+    means = torch.stack(losses).tolist() if losses else []  # read here once: a GPU is not waited for after each batch
     return sum((mean * count for mean, count in zip(means, counts, strict=True)), 0.0), sum(counts)
 
 

@@ -12,6 +12,7 @@ import torch
 from quire.data.prepare import Prepared
 from quire.evaluation.loss import GPU_TOKENS
 from quire.run import Run
+from quire.training.distributed import ALONE
 from quire.training.loop import Trainer
 from quire.training.settings import Settings
 from quire.training.threads import Reading, judged, measured_threads, reading, thread_candidates
@@ -56,7 +57,7 @@ def measured(settings: Settings, prepared: Prepared, device: torch.device, secon
         run = Run.create(
             Path(folder) / "run", settings.tables(), prepared.tokenizer, manifest, held_out, {}, counts=counts
         )
-        trainer = Trainer(run, training, prepared.training, device, time.time())
+        trainer = Trainer(run, training, prepared.training, device, time.time(), ALONE)
         trainer.begin()
         trainer.wrap_model()
         speed = None

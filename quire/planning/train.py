@@ -10,9 +10,10 @@ from quire.planning.plan import Chosen, asked, follow
 from quire.planning.recipes import EXPORTABLE, FAMILIES
 from quire.progress import say
 from quire.run import Run, refuse_existing
+from quire.training.distributed import join
 from quire.training.settings import Settings
 from quire.training.threads import in_words
-from quire.training.train import train_run
+from quire.training.train import BEGUN, begun_before, train_run
 
 
 def train(
@@ -39,11 +40,14 @@ def train(
 def train_planned(build: Callable[[Table], Settings], wanted: str, path: Path | None, began: float) -> Run:
     """Train what the planner chooses of the `wanted` family, and say what that was; of "", what `build` makes of no
     recipe. The minutes count from `began`, a time.time()."""
-    if not wanted:
-        return train_run(build({}), path, began)
-    if path is not None:
-        refuse_existing(path)
-    found = follow(build, wanted, began)
+    settings = build({})
+    world = join(settings.training.timeout)
+    if not wanted or not world.leads or begun_before(settings, path):
+        return train_run(settings, path, began)
+    with world.leading(BEGUN):
+        if path is not None:
+            refuse_existing(path)
+        found = follow(build, wanted, began)
     say(choice(found, wanted))
     return train_run(found.settings, path, began, found.loaded)
 

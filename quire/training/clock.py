@@ -18,6 +18,7 @@ from pathlib import Path
 from quire import files
 from quire.errors import UserError
 from quire.progress import say
+from quire.training.distributed import ALONE, World
 from quire.training.state import TrainingState
 
 PROBE_STEPS = 10  # after so many steps their cost is known, or
@@ -70,8 +71,8 @@ def default_interval(steps: int) -> int:
 class Clock:
     """Wall time since `began` (time.time() at the command's start), and the decisions made by it."""
 
-    def __init__(self, began: float, record: Path, threads: int = 0) -> None:
-        self.began, self.record, self.threads = began, record, threads
+    def __init__(self, began: float, record: Path, threads: int = 0, world: World = ALONE) -> None:
+        self.began, self.record, self.threads, self.world = began, record, threads, world
         self.decisions = read_decisions(record) if record.exists() else {}
         self.evaluation_seconds = 0.0  # what one took last; 0: not known yet
         self.step_seconds = 0.0  # what a step takes
@@ -79,8 +80,8 @@ class Clock:
         self._mark = (0, 0.0)  # step and time from which it is measured next
 
     def elapsed(self) -> float:
-        """Seconds since the command began."""
-        return time.time() - self.began
+        """Seconds since the command began; of several processes, which decide alike, by the leading one's clock."""
+        return self.world.first(time.time() - self.began)
 
     def start_measuring(self, step: int) -> None:
         """Steps from here on are measured: called where an evaluation ends."""
@@ -118,7 +119,8 @@ class Clock:
     def _keep(self, decision: Decision) -> None:
         decision = replace(decision, threads=self.threads)
         self.decisions[decision.step] = decision
-        files.append_line(self.record, json.dumps(asdict(decision)), sync=True)
+        if self.world.leads:
+            files.append_line(self.record, json.dumps(asdict(decision)), sync=True)
 
     def _new(self, state: TrainingState, foreseen: Callable[[], float]) -> Decision | None:
         """The decision to make at this step by the clock, if any."""

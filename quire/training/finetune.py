@@ -15,23 +15,28 @@ from torch import Tensor
 
 from quire import checkpoint
 from quire.config import Table, merged
-from quire.data.prepare import prepare
+from quire.data.prepare import Prepared, prepare
 from quire.data.vocabulary import Policy
 from quire.errors import UserError
 from quire.progress import say
 from quire.run import Run, refuse_existing
+from quire.training.distributed import join
 from quire.training.loop import Trainer
 from quire.training.settings import LENGTHS, Settings, typed
 from quire.training.texts import read_texts
+from quire.training.threads import prepare_machine
 from quire.training.train import (
+    BEGUN,
+    begun_before,
     begun_with_threads,
     check_length,
     check_pairs,
     describe,
     fitting_pairs,
     free_path,
-    prepare_machine,
     train_created,
+    trained_again,
+    trained_along,
 )
 
 GENTLER = 0.25  # of the run's own learning rates
@@ -81,10 +86,10 @@ def finetune_run(
     The new run reads `context_length` tokens at once; 0: as many as the base, but see LONGEST.
     """
     began = began or time.time()
-    texts, further = settings.data.named, f"quire resume {base.path} --minutes 5"
+    texts = settings.data.named
     if not texts:
         what = "--pairs FILE" if base.settings.reads_source else "TEXT"
-        own = "" if base.imported else f" To train further on the run's own text: {further}"
+        own = "" if base.imported else f" To train further on the run's own text: quire resume {base.path} --minutes 5"
         raise UserError(f"Name the {what} to fine-tune on.{own}")
     check_pairs(settings)
     if "-" in texts:
@@ -92,12 +97,35 @@ def finetune_run(
     check_length(settings.training)
     if settings.training.tokenizer != str(base.path):
         raise UserError("Fine-tuning keeps the run's own tokenizer: leave --tokenizer out.")
+    world = join(settings.training.timeout)
+    weights = checkpoint.load(base.trained_folder(), training=False).model
+
+    def begin(trainer: Trainer) -> None:
+        put_weights(trainer.model, weights, base.settings.vocabulary_size)
+        trainer.begin()
+        trainer.measure_start()
+
+    if not world.leads:
+        return trained_along(world.follow(BEGUN), began, begin)
+    if before := begun_before(settings, path):
+        return trained_again(world, before, began)
+    with world.leading(BEGUN) as told:
+        run, settings, prepared, device, measure = new_run(base, settings, path, context_length)
+        told["result"] = f"train {run.path}"
+    begins = begun_with_threads(begin) if measure and world.size == 1 else begin
+    return train_created(run, settings.training, prepared, device, began, begins, keep=False)
+
+
+def new_run(
+    base: Run, settings: Settings, path: Path | None, context_length: int
+) -> tuple[Run, Settings, Prepared, torch.device, bool]:
+    """Make the run of a fine-tuning; gives it with its settings, and whether the number of threads is to be found."""
+    texts, further = settings.data.named, f"quire resume {base.path} --minutes 5"
     context_length = context_of(base, context_length)
     path = path or free_path(texts[0])
     refuse_existing(path)
     measure = settings.training.threads == 0
     device, threads = prepare_machine(settings.training)
-    weights = checkpoint.load(base.trained_folder(), training=False).model
     corpus, held_out = read_texts(settings)
     try:
         if [origin["sha256"] for origin in corpus.origins] == [origin["sha256"] for origin in base.manifest["data"]]:
@@ -120,14 +148,7 @@ def finetune_run(
     created = Run.create(
         path, settings.tables(), prepared.tokenizer, manifest, prepared.validation[:], {}, counts=counts
     )
-
-    def begin(trainer: Trainer) -> None:
-        put_weights(trainer.model, weights, base.settings.vocabulary_size)
-        trainer.begin()
-        trainer.measure_start()
-
-    begins = begun_with_threads(begin) if measure else begin
-    return train_created(created, settings.training, prepared, device, began, begins, keep=False)
+    return created, settings, prepared, device, measure
 
 
 def context_of(base: Run, wanted: int) -> int:

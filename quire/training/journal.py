@@ -28,8 +28,9 @@ SAMPLE_RATE = 2  # tokens of a sample at most for each second of --minutes
 class Journal:
     """The logs of a run being trained. The state it is given knows their sizes, so that a resume can cut them back."""
 
-    def __init__(self, run: Run, settings: TrainingSettings, device: torch.device) -> None:
-        self.run, self.settings, self.device = run, settings, device
+    def __init__(self, run: Run, settings: TrainingSettings, device: torch.device, writes: bool = True) -> None:
+        """`writes` is False in all processes of a training but one."""
+        self.run, self.settings, self.device, self.writes = run, settings, device, writes
         self.logged = (0, 0.0)  # tokens and time at the last line of metrics.jsonl, or where training went on
         self.plotted = time.monotonic()
 
@@ -96,6 +97,8 @@ class Journal:
 
     def plot(self, state: TrainingState) -> None:
         """Draw loss.png at the end, and now and then before; a few seconds of --minutes have none, nor an older one."""
+        if not self.writes:
+            return
         picture = self.run.path / "loss.png"
         if 0 < 60 * state.minutes < PLOT_SECONDS:
             files.remove(picture)
@@ -106,12 +109,16 @@ class Journal:
 
     def append(self, state: TrainingState, name: str, text: str) -> None:
         """Add to one of the run's logs."""
+        if not self.writes:
+            return
         path = self.run.path / name
         files.append_line(path, text)
         state.log_sizes[name] = path.stat().st_size
 
     def cut_back(self, state: TrainingState) -> None:
         """Drop what the logs say of steps after the state: they will be taken again."""
+        if not self.writes:
+            return
         for name in ("metrics.jsonl", "samples.md"):
             path, size = self.run.path / name, state.log_sizes.get(name, 0)
             if path.exists() and path.stat().st_size > size:

@@ -18,45 +18,57 @@ from quire.data.batches import Batch, Batches, Cursor
 from quire.data.pairs import Pairs
 from quire.data.shards import TokenStream
 from quire.devices import generators, out_of_memory, release_memory
-from quire.errors import UserError
 from quire.evaluation.evaluate import bits_per_byte
 from quire.evaluation.loss import total_loss
 from quire.layers.layer import Block
 from quire.progress import Update, bar, say
 from quire.run import Run
+from quire.training import non_finite
 from quire.training import state as states
 from quire.training.clock import Clock, default_interval
 from quire.training.curriculum import Curriculum
+from quire.training.distributed import World, join
 from quire.training.engines import ENGINES
 from quire.training.journal import Journal
 from quire.training.optimizers import OPTIMIZERS, set_learning_rates, split_tables
 from quire.training.precision import Precision, compiled
+from quire.training.saving import Saving
 from quire.training.schedules import SCHEDULES, warmed_up
 from quire.training.settings import TrainingSettings
+from quire.training.sharded import shard
 from quire.training.signals import Signals, Stopped
 from quire.training.state import TrainingState
 from quire.training.threads import Watch
 
 LINE_STEPS = 10  # a line of metrics.jsonl at least so often
 SAVES, SAVE_SECONDS = 5, 600.0  # checkpoints at least so often in a run, and at least after so much time
-EXPLODED = 2.0  # times the first loss
-PASSES = 10  # steps in a row that may be passed over before training stops
 
 
 class Trainer:
     """A run being trained: its model, optimizers, data and state. `began` is time.time() at the command's start."""
 
     def __init__(
-        self, run: Run, settings: TrainingSettings, tokens: np.ndarray | TokenStream, device: torch.device, began: float
+        self,
+        run: Run,
+        settings: TrainingSettings,
+        tokens: np.ndarray | TokenStream,
+        device: torch.device,
+        began: float,
+        world: World | None = None,
     ) -> None:
+        """`world`: the processes that train it together; None: those of this launch."""
         self.run, self.settings, self.device = run, settings, device
+        self.world = world or join(settings.timeout)
+        self.sharded = settings.parallel == "fsdp"
         self.precision = Precision(settings.precision, device)
         self.scaler = self.precision.scaler
         self.engine = ENGINES[settings.engine]
-        self.model = run.fresh_model(settings.seed, device).train()
+        self.model = self.fresh_model().train()
         for module in self.model.modules():
             if isinstance(module, Block):
                 module.recomputed = settings.gradient_checkpointing
+        if self.sharded:
+            self.model = shard(self.model, self.world, self.precision)
         self.optimizers = OPTIMIZERS[settings.optimizer](self.model, settings)
         # n-gram tables are left out: their Adagrad scales each gradient by its own history in any case.
         _, self.clipped = split_tables(self.model)
@@ -66,9 +78,10 @@ class Trainer:
         self.validation = run.examples(run.validation_tokens())
         self.state = TrainingState()
         self.began = began
-        self.journal = Journal(run, settings, device)
-        self.saved = 0.0  # time of the last checkpoint
-        self.best: dict[str, Any] | None = None  # the state of the checkpoint `best`, where this process wrote it
+        self.journal = Journal(run, settings, device, self.world.leads)
+        self.saving = Saving(run, self.model, self.optimizers, self.scaler, self.world, self.sharded)
+        self.saved = 0.0  # seconds of the run at its last checkpoint
+        self.signals = Signals()
         self.wrapped: Any = None  # the model as the engine calls it, perhaps compiled; made when training starts
 
     # ---- the loop ----
@@ -76,13 +89,15 @@ class Trainer:
     def fit(self) -> None:
         """Train until the stretch is finished; a signal saves, and raises Stopped."""
         state = self.state
-        self.clock = Clock(self.began - state.seconds, self.run.path / "decisions.jsonl", torch.get_num_threads())
+        record = self.run.path / "decisions.jsonl"
+        self.clock = Clock(self.began - state.seconds, record, torch.get_num_threads(), self.world)
         if self.wrapped is None:
             self.wrap_model()
         self.clock.start_measuring(state.step)
         watch = Watch()
-        self.journal.logged, self.saved = (state.tokens, self.clock.elapsed()), time.monotonic()
-        with Signals() as signals, bar(self.run.path.name) as show:
+        self.saved = self.clock.elapsed()
+        self.journal.logged = state.tokens, self.saved
+        with self.world.explained(), self.signals, bar(self.run.path.name) as show:
             while not state.finished:
                 before = state.progress
                 self.update()
@@ -95,51 +110,58 @@ class Trainer:
                         if sentence := watch.sentence():
                             say(sentence, "yellow")
                     fifth = math.floor(state.progress * SAVES) > math.floor(before * SAVES)
-                    if fifth or time.monotonic() - self.saved > SAVE_SECONDS:
+                    if fifth or state.seconds - self.saved > SAVE_SECONDS:
                         self.save("last")
-                if signals.received and not state.finished:
+                if (signal := self.world.largest(self.signals.received)) and not state.finished:
                     self.save("last")
+                    self.saving.finish()
                     raise Stopped(
-                        signals.received, f"Stopped at step {state.step} and saved. Go on: quire resume {self.run.path}"
+                        int(signal), f"Stopped at step {state.step} and saved. Go on: quire resume {self.run.path}"
                     )
+            self.saving.finish()
 
     def wrap_model(self) -> None:
-        """Compile the model where that is asked for or pays; refuse one that the engine cannot train."""
+        """Compile the model where that is asked for or pays; refuse one that the engine cannot train. Of several
+        processes that have a copy each, let autograd make their gradients one."""
         model, shape = self.model, self.run.settings
         self.wrapped = compiled(model, self.settings, self.precision, shape.vocabulary_size, shape.context_length)
         self.engine.check(self.wrapped)
+        if self.world.size > 1 and self.settings.engine == "autograd" and not self.sharded:
+            self.wrapped = self.world.wrapped(self.wrapped, self.device)
 
     def update(self) -> None:
         """One optimizer step on the next batch_size x accumulation_steps windows of the context length, or as many
-        tokens in shorter ones; each token weighs the same."""
+        tokens in shorter ones; each token weighs the same, in whichever process it is."""
         state, settings = self.state, self.settings
         self.rate_share = self.learning_rate_share()
         set_learning_rates(self.optimizers, self.rate_share)
         self.enter_stage()
-        rows = self.curriculum.rows(state.stage, settings.batch_size)
-        batch = self.batches.take(state.cursor, rows * settings.accumulation_steps)
-        loss = self.gradients(batch)
-        self.engine.synchronize(self.model)
+        rows = self.curriculum.rows(state.stage, settings.batch_size) * settings.accumulation_steps
+        batch = self.batches.take(state.cursor, rows, self.world.share(rows))
+        loss = self.gradients(batch, rows)
+        if self.world.size > 1:
+            self.engine.synchronize(self.model)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         clip = settings.gradient_clip or math.inf
-        self.gradient_norm = float(nn.utils.clip_grad_norm_(self.clipped, clip))
-        self.step_optimizers(float(loss))
+        norm: Any = nn.utils.clip_grad_norm_(self.clipped, clip)
+        self.gradient_norm = float(norm.full_tensor() if self.sharded else norm)
+        self.step_optimizers(self.world.sum(float(loss))[0])
         self.model.zero_grad(set_to_none=True)
         state.step += 1
-        state.tokens += batch.counted
+        state.tokens += batch.among
 
-    def gradients(self, batch: Batch) -> Tensor | float:
-        """Fill in the gradients of a batch's mean loss, and give that; where memory runs out, in smaller parts from
-        here on."""
+    def gradients(self, batch: Batch, rows: int) -> Tensor | float:
+        """Fill in the gradients of this process's share of a batch of so many rows, and give its share of the mean
+        loss; where memory runs out, and there is one process, in smaller parts from here on."""
         state, windows = self.state, len(batch.inputs)
         drawn = list(generators(self.device).values())
         while True:
-            parts = min(windows, self.settings.accumulation_steps * state.divided)
+            parts = self.world.parts(rows, self.settings.accumulation_steps * state.divided)
             try:
-                return self.accumulated(batch.split(parts), batch.counted)
+                return self.accumulated(batch.split(parts))
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or parts == windows:
+                if not out_of_memory(error) or parts == windows or self.world.size > 1:
                     raise
             self.model.zero_grad(set_to_none=True)
             release_memory(self.device)
@@ -153,13 +175,16 @@ class Trainer:
                 f" the model, not {now}. The gradient is the same; a step may take longer."
             )
 
-    def accumulated(self, parts: list[Batch], counted: int) -> Tensor | float:
-        """The gradients and the mean loss over all n counted targets, part by part: L = sum of (n_i / n) L_i."""
+    def accumulated(self, parts: list[Batch]) -> Tensor | float:
+        """The gradients and the mean loss over all n counted targets, part by part: L = sum of (n_i / n) L_i.
+
+        Processes have parts of that sum, and the mean of their gradients is taken: hence their number in the scale.
+        """
         loss: Tensor | float = 0.0
-        for part in parts:
-            share = part.counted / counted
-            scale = share * self.precision.loss_scale()
-            with self.precision.autocast():
+        for number, part in enumerate(parts, 1):
+            share = part.counted / part.among
+            scale = share * self.world.size * self.precision.loss_scale()
+            with self.precision.autocast(), self.world.of_step(self.wrapped, number == len(parts)):
                 loss = loss + share * self.engine.backpropagate(self.wrapped, part.to(self.device), scale)
         return loss
 
@@ -188,13 +213,8 @@ class Trainer:
     def step_optimizers(self, loss: float) -> None:
         """Apply the gradients, unless the loss is not to be trusted: then the policy says what happens."""
         state = self.state
-        if state.first_loss is None and math.isfinite(loss):
-            state.first_loss = loss
-        # An overflow of float16's range is not a fault: the scaler passes over the step and lowers its scale.
-        overflow = self.scaler.is_enabled() and not math.isfinite(self.gradient_norm)
-        finite = math.isfinite(loss) and (overflow or math.isfinite(self.gradient_norm))
-        if not finite or loss > EXPLODED * max(state.first_loss or 0.0, 1.0):
-            self.pass_over(loss)
+        if not non_finite.trusted(self, loss):
+            non_finite.pass_over(self, loss)
             self.scaler.update()
             return
         state.passed_over = 0
@@ -204,37 +224,17 @@ class Trainer:
         state.loss_sum += loss
         state.loss_steps += 1
 
-    def pass_over(self, loss: float) -> None:
-        """Leave the weights alone; then stop, go on, or go back to the best checkpoint with half the learning rate."""
-        self.state.passed_over += 1
-        what = f"the loss became {loss:.4g}" if math.isfinite(loss) else "the loss is not finite"
-        if math.isfinite(loss) and not math.isfinite(self.gradient_norm):
-            what = "the gradient is not finite"
-        if self.settings.non_finite != "skip" or self.state.passed_over > PASSES:
-            self.blame(what, stop=self.state.passed_over > PASSES)
-
-    def blame(self, what: str, stop: bool) -> None:
-        """Go back to the best checkpoint with half the learning rate, where that is the policy; otherwise stop."""
-        cause = f"The likeliest cause is a learning rate that is too high ({self.settings.learning_rate:g})"
-        if stop or self.settings.non_finite != "rollback":
-            raise UserError(
-                f"At step {self.state.step} {what}; training stopped, and the checkpoints from before are kept."
-                f" {cause}: start anew with a lower --learning-rate, or with --non-finite rollback."
-            )
-        self.roll_back()
-        say(f"At step {self.state.step} {what}: back to the best weights so far, at half the learning rate. {cause}.")
-
     def roll_back(self) -> None:
         """Weights and optimizer of the best checkpoint (or the first weights); steps, data and clock go on.
 
         Not of the last one: where that stands depends on when training was stopped.
         """
         folder = self.run.folder("best")
+        self.saving.finish()
         if checkpoint.exists(folder):
-            states.restore(checkpoint.load(folder), folder, self.model, self.optimizers, self.scaler)
+            self.saving.load(folder)
         else:
-            fresh = self.run.fresh_model(self.settings.seed, self.device)
-            self.model.load_state_dict(fresh.state_dict())
+            checkpoint.load_model_tensors(self.model, checkpoint.model_tensors(self.fresh_model()), folder)
             for optimizer in self.optimizers:
                 optimizer.state.clear()
         self.state.lowered /= 2
@@ -256,17 +256,17 @@ class Trainer:
         """The seconds that measuring the held-out text is going to take, by its first batches, after one to warm up."""
         for batches in (1, 2):
             began = time.monotonic()
-            _, count = self.held_out_total(batches)
-        return (time.monotonic() - began) * max(1.0, len(self.validation) / count)
+            _, count = self.held_out_total(batches * self.world.size)
+        return self.world.first(time.monotonic() - began) * max(1.0, len(self.validation) / count)
 
     # ---- what is due now and then ----
 
     def evaluate(self) -> None:
         """Measure the held-out loss, keep the best, write a sample and the plot, and save."""
-        state, began = self.state, time.monotonic()
+        state, began = self.state, self.clock.elapsed()
         loss, bits = self.held_out_loss()
         if not math.isfinite(loss):
-            self.blame("the held-out loss is not finite", stop=state.best_loss is None)
+            non_finite.blame(self, "the held-out loss is not finite", stop=state.best_loss is None)
             loss, bits = self.held_out_loss()
         improved = state.best_loss is None or loss < state.best_loss
         if improved:
@@ -274,11 +274,11 @@ class Trainer:
         else:
             self.be_patient()
         self.log(None, validation_loss=loss, validation_bits_per_byte=bits)
-        if self.settings.sample_tokens:
+        if self.settings.sample_tokens and (self.world.leads or self.sharded):
             self.journal.sample(state, self.model, self.validation, loss)
         if not state.end and not state.finished:
             # So far it has neither drawn nor saved: where the last one took longer in all, that is the better guess.
-            self.clock.evaluation_seconds = max(self.clock.evaluation_seconds, time.monotonic() - began)
+            self.clock.evaluation_seconds = max(self.clock.evaluation_seconds, self.clock.elapsed() - began)
             self.clock.decide(state, self.foreseen_evaluation)
             state.finished = state.progress > 1 - 1e-9
         self.journal.plot(state)
@@ -290,7 +290,7 @@ class Trainer:
         if improved:
             self.save("best")
         self.save("last")
-        self.clock.evaluation_seconds = time.monotonic() - began
+        self.clock.evaluation_seconds = self.clock.elapsed() - began
         self.clock.start_measuring(state.step)
         self.journal.logged = (state.tokens, self.clock.elapsed())  # evaluating is not training: it counts in no speed
 
@@ -303,7 +303,10 @@ class Trainer:
         """Nats of the held-out text, or of its first batches, and how many tokens those are."""
         shape = self.run.settings
         sizes = shape.context_length, shape.vocabulary_size
-        return total_loss(self.model, self.validation, *sizes, self.device, None, most_batches)
+        share = self.world.rank, self.world.size
+        own = total_loss(self.model, self.validation, *sizes, self.device, None, most_batches, share)
+        total, count = self.world.sum(*own)
+        return total, int(count)
 
     def interval(self) -> int:
         """Steps between evaluations in a stretch whose length is known."""
@@ -330,17 +333,19 @@ class Trainer:
         self.journal.line(self.state, self.clock.elapsed(), rate, self.gradient_norm, show, **measured)
 
     def save(self, which: str) -> None:
-        """Write the checkpoint `best` or `last`; the second that is written of one state is the first one's files."""
-        table = self.state.to_table()
-        if which == "last" and self.best == table:
-            checkpoint.save_again(self.run.folder("last"), self.run.folder("best"))
-        else:
-            states.save(self.run.folder(which), self.state, self.model, self.optimizers, self.scaler)
-        if which == "best":
-            self.best = table
-        self.saved = time.monotonic()
+        """Write the checkpoint `best` or `last`."""
+        self.saving.save(which, self.state)
+        self.saved = self.state.seconds
 
     # ---- starting ----
+
+    def fresh_model(self) -> Any:
+        """The model as the seed initializes it, the same in all processes; what they drop out differs."""
+        seed = self.settings.seed
+        model = self.run.fresh_model(seed, self.device)
+        if self.world.rank:
+            torch.manual_seed(seed + (self.world.rank << 32))
+        return model
 
     def begin(self) -> None:
         """A new run: its length from the settings; an epoch is as many windows as cover the text, or all pairs."""
@@ -372,12 +377,12 @@ class Trainer:
 
     def load(self) -> bool:
         """Take up the last checkpoint; False where the run was stopped before its first, and begins anew."""
-        found = self.run.checkpoint()
-        if found is None:
+        folder = self.run.last_folder()
+        if folder is None:
             self.begin()
         else:
-            self.state = states.restore(found, self.run.folder("last"), self.model, self.optimizers, self.scaler)
-        return found is not None
+            self.state = self.saving.load(folder)
+        return folder is not None
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that must be equal where two trainings are the same, as tensors by name."""

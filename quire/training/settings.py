@@ -55,6 +55,8 @@ class TrainingSettings:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     threads: int = 0  # CPU threads; 0: as many as are fastest in a short trial, or in short runs one for each core
     decisions: str = ""  # decisions.jsonl of an earlier run with --minutes, to repeat it exactly
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: a copy of the model in each process, or its part of it
+    timeout: float = 600.0  # under torchrun: seconds without an answer after which another process counts as lost
 
     def __post_init__(self) -> None:
         choose("--engine", self.engine, list(ENGINES))
@@ -80,9 +82,22 @@ class TrainingSettings:
             Stage.parse(word)
         if self.compile == "yes" and self.engine == "manual":
             raise UserError("--compile yes needs --engine autograd: a recorded forward is not compiled.")
+        if not 0 < self.timeout < float("inf"):
+            raise UserError(f"--timeout must be a finite number of seconds above 0, not {self.timeout}.")
+        if self.parallel == "fsdp":
+            self._check_sharded()
         given = [f"--{name}" for name in LENGTHS if getattr(self, name)]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} both give the length of the training. Choose one.")
+
+    def _check_sharded(self) -> None:
+        why = "--parallel fsdp leaves each process a part of every matrix"
+        if self.engine == "manual":
+            raise UserError(f"{why}, which the hand-written backward cannot do without: take --engine autograd.")
+        if self.optimizer == "muon":
+            raise UserError(f"{why}, and Muon orthogonalizes whole ones: take --optimizer adamw, or --parallel ddp.")
+        if self.precision == "float16":
+            raise UserError("--parallel fsdp trains in bfloat16 or float32, not --precision float16.")
 
 
 @dataclass(frozen=True)

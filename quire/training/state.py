@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from quire import checkpoint
 from quire.data.batches import Cursor
 from quire.devices import generators
+from quire.training.distributed import ALONE, World
 from quire.training.optimizers import Optimizers
 
 
@@ -63,10 +64,15 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def training_tensors(model: nn.Module, optimizers: Optimizers, scaler: Any) -> dict[str, Tensor]:
-    """Optimizer state, named optimizer.PARAMETER.KEY, random generators and the loss scale."""
+def training_tensors(model: nn.Module, optimizers: Optimizers, scaler: Any, world: World = ALONE) -> dict[str, Tensor]:
+    """Optimizer state, named optimizer.PARAMETER.KEY, the loss scale, and the random generators of all processes, named
+    random.KIND, and random.KIND.RANK from the second process on."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    tensors = {f"random.{kind}": state for kind, (state, _) in generators(device_of(model)).items()}
+    tensors = {
+        drawn_by(rank, kind): each
+        for kind, (state, _) in generators(device_of(model)).items()
+        for rank, each in enumerate(world.gathered(state))
+    }
     if scaler.is_enabled():
         scale = scaler.state_dict()
         tensors["scaler"] = torch.tensor([scale["scale"], scale["_growth_tracker"]], dtype=torch.float64)
@@ -78,8 +84,18 @@ def training_tensors(model: nn.Module, optimizers: Optimizers, scaler: Any) -> d
     return tensors
 
 
-def restore_training_tensors(tensors: dict[str, Tensor], model: nn.Module, optimizers: Optimizers, scaler: Any) -> None:
-    """The inverse of `training_tensors`, into a model and optimizers already built."""
+def drawn_by(rank: int, kind: str) -> str:
+    """The name of a random generator's state in a checkpoint."""
+    return f"random.{kind}.{rank}" if rank else f"random.{kind}"
+
+
+def restore_training_tensors(
+    tensors: dict[str, Tensor], model: nn.Module, optimizers: Optimizers, scaler: Any, world: World = ALONE
+) -> None:
+    """The inverse of `training_tensors`, into a model and optimizers already built.
+
+    A process that was not there when they were saved keeps the random generators that it has.
+    """
     for optimizer in optimizers:
         optimizer.state.clear()
     homes = {
@@ -93,25 +109,47 @@ def restore_training_tensors(tensors: dict[str, Tensor], model: nn.Module, optim
             # A step counter stays where its optimizer keeps it: on the CPU, or with the parameter if fused on a GPU.
             fused = bool(homes[parameter].defaults.get("fused"))
             device = parameter.device if tensor.dim() or fused else torch.device("cpu")
-            homes[parameter].state[parameter][key] = tensor.to(device, copy=True)
+            homes[parameter].state[parameter][key] = like(parameter, tensor.to(device, copy=True))
     if "scaler" in tensors and scaler.is_enabled():
         scale, tracker = tensors["scaler"].tolist()
         scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": int(tracker)})
+    restore_generators(tensors, model, world)
+
+
+def restore_generators(tensors: dict[str, Tensor], model: nn.Module, world: World = ALONE) -> None:
+    """Go on with this process's random generators where they were saved."""
     for kind, (_, set_state) in generators(device_of(model)).items():
-        if (drawn := tensors.get(f"random.{kind}")) is not None:
+        if (drawn := tensors.get(drawn_by(world.rank, kind))) is not None:
             set_state(drawn)
 
 
-def save(folder: Any, state: TrainingState, model: nn.Module, optimizers: Optimizers, scaler: Any) -> None:
-    """Write a checkpoint that resumes exactly."""
-    tensors = training_tensors(model, optimizers, scaler)
-    checkpoint.save(folder, checkpoint.model_tensors(model), tensors, state.to_table())
+def like(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    """A tensor of a parameter's shape as the parameter is held: where that is sharded, this process's part."""
+    if tensor.shape != parameter.shape or not hasattr(parameter, "to_local"):
+        return tensor
+    part = torch.empty_like(parameter)
+    checkpoint.put(part, tensor)
+    return part
+
+
+def save(
+    folder: Any, state: TrainingState, model: nn.Module, optimizers: Optimizers, scaler: Any, world: World = ALONE
+) -> None:
+    """Write a checkpoint that resumes exactly; of several processes, which all call this, the leading one writes."""
+    tensors = training_tensors(model, optimizers, scaler, world)
+    if world.leads:
+        checkpoint.save(folder, checkpoint.model_tensors(model), tensors, state.to_table())
 
 
 def restore(
-    found: checkpoint.Checkpoint, origin: Any, model: nn.Module, optimizers: Optimizers, scaler: Any
+    found: checkpoint.Checkpoint,
+    origin: Any,
+    model: nn.Module,
+    optimizers: Optimizers,
+    scaler: Any,
+    world: World = ALONE,
 ) -> TrainingState:
     """Put a checkpoint's tensors where they belong, and give its state."""
     checkpoint.load_model_tensors(model, found.model, origin)
-    restore_training_tensors(found.training, model, optimizers, scaler)
+    restore_training_tensors(found.training, model, optimizers, scaler, world)
     return TrainingState.from_table(found.state)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quire import files
+from quire import files, processes
 from quire.config import Table
 from quire.data.documents import Mark
 from quire.data.prepare import Prepared, opened, prepare
@@ -86,8 +86,11 @@ def read_texts(
 def find_data(run: Run, settings: Settings, moved: tuple[str, ...]) -> TokenStream:
     """The run's training tokens: those in the cache, or from the text it began with; another text is refused."""
     manifest, kept = run.manifest, run.path / "data" / STANDARD_INPUT
-    if not moved and unchanged(manifest["data"], kept) and (stream := opened(manifest.get("prepared", ""))) is not None:
-        return stream
+    looked_at = processes.local_rank() > 0  # by the first process of this machine
+    if not moved and (looked_at or unchanged(manifest["data"], kept)):
+        stream = opened(manifest.get("prepared", ""))
+        if stream is not None:
+            return stream
     data = replace(settings.data, text=moved or tuple(origin["path"] for origin in manifest["data"]))
     where = f"Say where the text is now: quire resume {run.path} --data PATH"
     piped = kept.read_bytes() if kept.exists() else None

@@ -13,11 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quire import checkpoint
-from quire.devices import usable_cores
+from quire import checkpoint, processes
+from quire.devices import choose_device, keep_freed_memory, set_threads, unused_card, usable_cores
+from quire.progress import say
 from quire.training import state as states
+from quire.training.distributed import own_device
+from quire.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
+    import torch
+
     from quire.training.loop import Trainer
 
 NEARLY = 1.05  # of two numbers of threads the smaller one is taken, where it takes at most so much longer
@@ -101,6 +106,15 @@ def find_threads(trainer: "Trainer") -> Measured:
         states.restore_training_tensors(training, trainer.model, trainer.optimizers, trainer.scaler)
     torch.set_num_threads(found.threads)
     return found
+
+
+def prepare_machine(training: TrainingSettings) -> "tuple[torch.device, int]":
+    """The device and the number of threads; says when a card lies idle. Processes of one machine share its cores."""
+    device = own_device(choose_device(training.device))
+    if sentence := unused_card():
+        say(sentence, "yellow")
+    keep_freed_memory()
+    return device, set_threads(training.threads or max(1, usable_cores() // processes.local_size()))
 
 
 # ---- contention ---------------------------------------------------------------------------------------------------

@@ -1,38 +1,36 @@
-"""Training a run: from its text to its last checkpoint, resumed, continued, and proven exact."""
+"""Training a run, from its text to its last checkpoint."""
 
+import itertools
 import platform
 import re
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 import quire
-from quire import files
-from quire.config import Table, from_table, write_checked_toml
+from quire import files, processes
+from quire.config import Table, write_checked_toml
 from quire.data.pairs import Pairs
 from quire.data.prepare import Prepared
-from quire.data.reading import DataSettings
 from quire.data.tasks import TASKS
-from quire.devices import choose_device, keep_freed_memory, set_threads, unused_card
 from quire.errors import UserError
 from quire.progress import say
 from quire.run import Run, refuse_existing
 from quire.training.clock import read_decisions
 from quire.training.curriculum import Curriculum, shortened
+from quire.training.distributed import World, join
 from quire.training.loop import Trainer
+from quire.training.resume import reopened, resume, training_lock
 from quire.training.settings import LENGTHS, Settings, TrainingSettings
-from quire.training.texts import STANDARD_INPUT, find_data, given_text, load_data
-from quire.training.threads import find_threads, in_words
-from quire.training.verify import first_difference
+from quire.training.texts import STANDARD_INPUT, given_text, load_data
+from quire.training.threads import find_threads, in_words, prepare_machine
 
 SHORTEST_CONTEXT = 8
-VERIFIED_STEPS = 6
+BEGUN = "begun"  # the name under which the processes of a launch learn what the leading one has begun
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,27 @@ def train_run(
 ) -> Run:
     """Train a new run with finished settings; `began` is time.time() at the command's start, for --minutes.
 
-    A text that is `loaded` already, with these very settings, is not read again.
+    A text that is `loaded` already, with these very settings, is not read again. Under torchrun the leading process
+    makes the run, and all train it; where torchrun has started them again, they go on with the run that they began.
     """
     began = began or time.time()
     check_length(settings.training)
     check_pairs(settings)
+    world = join(settings.training.timeout)
+    if not world.leads:
+        return trained_along(world.follow(BEGUN), began)
+    if before := begun_before(settings, path):
+        return trained_again(world, before, began)
+    with world.leading(BEGUN) as told:
+        run, training, prepared, device, begin, keep = new_run(settings, path, loaded)
+        told["result"] = f"train {run.path}"
+    return train_created(run, training, prepared, device, began, begin, keep)
+
+
+def new_run(
+    settings: Settings, path: Path | None, loaded: Loaded | None
+) -> tuple[Run, TrainingSettings, Prepared, torch.device, Callable[[Trainer], None], bool]:
+    """Make a run; gives it, and what `train_created` wants to know."""
     if path is not None:
         refuse_existing(path)
     kept = {}
@@ -83,8 +97,39 @@ def train_run(
     created = Run.create(
         path, settings.tables(), prepared.tokenizer, manifest, prepared.validation[:], kept, counts=counts
     )
-    begin = begun_with_threads(Trainer.begin) if measure else Trainer.begin
-    return train_created(created, settings.training, prepared, device, began, begin, keep=piped is not None)
+    begin = begun_with_threads(Trainer.begin) if measure and processes.world_size() == 1 else Trainer.begin
+    return created, settings.training, prepared, device, begin, piped is not None
+
+
+def begun_before(settings: Settings, path: Path | None) -> Path | None:
+    """The run that this launch began before torchrun started its processes again, or None."""
+    if not processes.restarted():
+        return None
+    named = given_text(settings)[0].data.named if path is None else ()
+    for place in [path] if path else names_after(named[0]):
+        if not place.exists():
+            break
+        if (place / "config.toml").is_file() and Run(place).manifest.get("launch") == processes.launch():
+            return place
+    return None
+
+
+def trained_again(world: World, path: Path, began: float) -> Run:
+    """Let all processes go on with a run that they began."""
+    with world.leading(BEGUN) as told:
+        told["result"] = f"resume {path}"
+    return resume(path, began=began)
+
+
+def trained_along(told: str, began: float, begin: Callable[[Trainer], object] = Trainer.load) -> Run:
+    """Train the run that the leading process has begun, and `begin`s with too."""
+    how, _, path = told.partition(" ")
+    if how == "resume":
+        return resume(path, began=began)
+    trainer = reopened(Run(path), began=began)
+    begin(trainer)
+    trainer.fit()
+    return trainer.run
 
 
 def check_length(training: TrainingSettings) -> None:
@@ -150,113 +195,7 @@ def begun_with_threads(begin: Callable[[Trainer], None]) -> Callable[[Trainer], 
     return begun
 
 
-def resume(
-    run: Run | str | Path,
-    *,
-    steps: int = 0,
-    minutes: float = 0.0,
-    data: Sequence[str] = (),
-    engine: str = "",
-    device: str = "",
-    threads: int = 0,
-    began: float | None = None,
-) -> Run:
-    """Continue a run exactly where it stopped; a finished one trains `steps` or `minutes` more, if given.
-
-    `data` says where the training text is now, if it has moved. Gives the run, also where there is nothing to do.
-    """
-    began = began or time.time()
-    run = run if isinstance(run, Run) else Run(run)
-    if steps < 0 or minutes < 0 or (steps and minutes):
-        raise UserError("Give --steps N or --minutes M, one of them, to train a finished run further.")
-    with training_lock(run):
-        files.sweep(run.path / "checkpoints", "state.json")
-        trainer = reopened(run, data, engine=engine, device=device, threads=threads, began=began)
-        found = trainer.load()
-        state = trainer.state
-        if state.finished and not (steps or minutes):
-            say(
-                f"{run.path} is finished (step {state.step}): nothing to resume."
-                f" To train it further: quire resume {run.path} --minutes 5"
-            )
-            return run
-        if (steps or minutes) and not state.finished:
-            raise UserError(f"{run.path} is not finished (step {state.step}). Finish it first: quire resume {run.path}")
-        trainer.journal.cut_back(state)
-        if steps or minutes:
-            say(f"{run.path} trains on from step {state.step}; the learning rate warms up again.")
-            trainer.stretch(steps, minutes)
-            trainer.save("last")
-        elif found:
-            say(f"{run.path} resumes at step {state.step}.")
-        else:
-            say(f"{run.path} was stopped before its first checkpoint and begins anew.")
-        trainer.fit()
-    return run
-
-
-def verify(
-    run: Run | str | Path, *, data: Sequence[str] = (), engine: str = "", device: str = "", threads: int = 0
-) -> str | None:
-    """Train a few steps twice from the last checkpoint, once through a stop; the first part that differs, or None.
-
-    A finished run begins a new stretch for it, since the end of a schedule may move nothing. The run itself is left
-    as it is.
-    """
-    run = run if isinstance(run, Run) else Run(run)
-    first = reopened(run, data, engine=engine, device=device, threads=threads)
-
-    def trainer() -> Trainer:
-        again = Trainer(run, first.settings, first.tokens, first.device, time.time())
-        again.load()
-        if again.state.finished:
-            again.stretch(VERIFIED_STEPS, 0.0)
-        return again
-
-    with tempfile.TemporaryDirectory() as folder:
-        return first_difference(trainer, Path(folder) / "checkpoint", VERIFIED_STEPS)
-
-
-def training_lock(run: Run) -> AbstractContextManager[None]:
-    """Held by the one process that trains a run."""
-    sentence = f"Another process is training {run.path}. Wait for it, or stop it with Ctrl-C there."
-    return files.locked(run.path / ".lock", sentence)
-
-
-def reopened(
-    run: Run, data: Sequence[str] = (), *, engine: str = "", device: str = "", threads: int = 0, began: float = 0.0
-) -> Trainer:
-    """A trainer for a run that exists, its checkpoint not loaded; the text must be the one it began with."""
-    if run.imported:
-        raise UserError(
-            f"{run.path} was imported: there is no training to resume. To train its model on a text:"
-            f" quire finetune {run.path} {run.text_argument} --run NEW"
-        )
-    training = from_table(TrainingSettings, run.config.get("training", {}), "training")
-    if engine == "manual" and training.compile == "yes":
-        training = replace(training, compile="no")  # what was compiled under the other engine no longer is
-    training = replace(
-        training,
-        engine=engine or training.engine,
-        device=device or training.device,
-        threads=threads or training.threads,
-    )
-    settings = Settings(from_table(DataSettings, run.config.get("data", {}), "data"), run.settings, training)
-    where, _ = prepare_machine(training)
-    tokens = find_data(run, settings, tuple(data))
-    return Trainer(run, training, tokens, where, began or time.time())
-
-
 # ---- what a run begins with ----
-
-
-def prepare_machine(training: TrainingSettings) -> tuple[torch.device, int]:
-    """The device and the number of threads; says when a card lies idle."""
-    device = choose_device(training.device)
-    if sentence := unused_card():
-        say(sentence, "yellow")
-    keep_freed_memory()
-    return device, set_threads(training.threads)
 
 
 def fitted(settings: Settings, prepared: Prepared) -> tuple[Settings, Prepared]:
@@ -307,7 +246,8 @@ def describe(settings: Settings, prepared: Prepared, origins: list[Table], devic
     from importlib.metadata import version
 
     training = settings.training
-    per_step = training.batch_size * training.accumulation_steps * settings.model.context_length
+    rows, size = training.batch_size * training.accumulation_steps, processes.world_size()
+    shares = [World(rank, size).share(rows) for rank in range(size)]
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {
@@ -318,8 +258,9 @@ def describe(settings: Settings, prepared: Prepared, origins: list[Table], devic
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": training.threads,
-        "world_size": 1,
-        "tokens_per_rank": [per_step],
+        "world_size": processes.world_size(),
+        "tokens_per_rank": [len(range(rows)[share]) * settings.model.context_length for share in shares],
+        **({"launch": processes.launch()} if processes.launched() else {}),
         "compile": training.compile,
         "seed": training.seed,
         "data": origins,
@@ -336,11 +277,15 @@ def announce(run: Run, trainer: Trainer) -> None:
     """What is about to be trained, and for how long."""
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     state, shape = trainer.state, run.settings
+    size, whole = trainer.world.size, "each a part of the model" if trainer.sharded else "each a copy of the model"
+    together = f" in each of {size} processes, {whole}" if size > 1 else ""
     length = f"{state.end - state.start:,} steps" if state.end else f"{state.minutes:g} minutes"
     say(
         f"Training {run.path}: {shape.named} of {parameters:,} parameters, context {shape.context_length},"
-        f" for {length} on {trainer.device} ({in_words(torch.get_num_threads())})."
+        f" for {length} on {trainer.device} ({in_words(torch.get_num_threads())}){together}."
     )
+    if size > 1 and getattr(shape, "dropout", 0.0) > 0:
+        say("Each process drops out other parts: with dropout, curves differ with the number of processes.")
     if trainer.settings.curriculum:
         say(trainer.curriculum.sentence(state.stage))
 
@@ -350,10 +295,12 @@ def announce(run: Run, trainer: Trainer) -> None:
 
 def free_path(text: str) -> Path:
     """runs/NAME after a text, or NAME-2, NAME-3 ... where that is taken."""
+    return next(path for path in names_after(text) if not path.exists())
+
+
+def names_after(text: str) -> Iterator[Path]:
+    """runs/NAME after a text, then NAME-2, NAME-3 ... without an end."""
     bare = "standard-input" if text == "-" else re.sub(r"[?#].*", "", text.rstrip("/\\"))
     stem = re.split(r"[/\\]", bare)[-1].split(".")[0] or Path(bare).resolve().name
     name = re.sub(r"[^\w-]+", "-", stem).strip("-") or "run"
-    number = 1
-    while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return path
+    return (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))

@@ -22,7 +22,7 @@ from quire.layers.layer import Block, Layer, recording
 from quire.models import MODELS, build_model
 from quire.run import Run
 from quire.training.engines import ENGINES
-from quire.training.train import verify
+from quire.training.resume import verify
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -18,7 +18,7 @@ from quire.models import build_model
 from quire.models.stack import STACK, StackSettings
 from quire.run import Run
 from quire.training import journal
-from quire.training.train import verify
+from quire.training.resume import verify
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "custom-stacks.md").read_text(encoding="utf-8")
 EMBEDDING = {"kind": "embedding", "size": 12}

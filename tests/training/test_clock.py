@@ -14,8 +14,9 @@ from quire.generation.generate import Writer
 from quire.planning import train as planning_train
 from quire.run import Run
 from quire.training import clock, loop, train
+from quire.training import resume as resuming
 from quire.training.loop import Trainer
-from quire.training.train import resume
+from quire.training.resume import resume
 
 Cost = Callable[[int, float], float]
 
@@ -53,7 +54,7 @@ def on(lab, monkeypatch):
     def act_on(machine: Machine, act: Callable[..., Run], *arguments: Any, **options: Any) -> tuple[Run, float]:
         began = machine.now
         with monkeypatch.context() as patch:
-            for module in (clock, loop, train, planning_train):
+            for module in (clock, loop, train, resuming, planning_train):
                 patch.setattr(module, "time", machine)
             update = Trainer.update
 

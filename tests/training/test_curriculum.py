@@ -18,8 +18,8 @@ from quire.run import Run
 from quire.training import engines, loop, train
 from quire.training.curriculum import Curriculum, Stage, stage_seed
 from quire.training.loop import Trainer
+from quire.training.resume import resume, verify
 from quire.training.signals import Stopped
-from quire.training.train import resume, verify
 
 # ---- what is written ----------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import quire
 from quire import checkpoint, files
 from quire.errors import UserError
 from quire.run import Run
-from quire.training import train
+from quire.training import resume as resuming
 from quire.training.finetune import GENTLER
 
 
@@ -108,7 +108,7 @@ def test_unknown_characters_can_be_left_out_or_replaced(lab, base, unknown):
     text = run.tokenizer.decode(run.validation_tokens())
     assert "Ä" not in text
     assert run.manifest["validation"]["bytes"] == len(text.encode())
-    assert train.verify(run) is None  # which reads and encodes the text anew
+    assert resuming.verify(run) is None  # which reads and encodes the text anew
 
 
 def test_a_killed_finetuning_resumes_to_the_same_bits(lab, base, other):
@@ -139,13 +139,13 @@ def test_what_was_left_out_stays_out_when_the_held_out_text_is_not_what_was_enco
     data = {"validation": str(lab.folder / "held-out.txt"), "documents": "line"}
     text = str(lab.folder / "lines.txt")
     run = quire.finetune(base, text, run=lab.folder / "new", steps=3, unknown="skip", data=data)
-    tokens = list(train.reopened(run).tokens)
+    tokens = list(resuming.reopened(run).tokens)
     shutil.rmtree(files.cache_folder())  # so that the text is read again
-    assert list(train.reopened(run).tokens) == tokens
+    assert list(resuming.reopened(run).tokens) == tokens
     assert len(tokens) == run.manifest["report"]["tokens"] - run.manifest["validation"]["tokens"]
     (lab.folder / "held-out.txt").unlink()
     shutil.rmtree(files.cache_folder())
-    assert list(train.reopened(run).tokens) == tokens
+    assert list(resuming.reopened(run).tokens) == tokens
 
 
 def test_held_out_words_never_become_tokens(lab):
@@ -185,7 +185,7 @@ def test_a_given_tokenizer_grows_in_training_too(lab, base):
     )  # fmt: skip
     assert run.tokenizer.vocabulary_size == base.tokenizer.vocabulary_size + 2
     assert json.loads((run.path / "manifest.json").read_text())["report"]["vocabulary"] == run.tokenizer.vocabulary_size
-    assert train.verify(run) is None
+    assert resuming.verify(run) is None
 
 
 def test_auto_says_why_and_records_what_it_took(lab, capsys):

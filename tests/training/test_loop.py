@@ -17,7 +17,7 @@ from quire.plots.loss import plot_losses
 from quire.run import Run
 from quire.training import engines, journal, loop
 from quire.training.loop import Trainer
-from quire.training.train import resume
+from quire.training.resume import resume
 
 KEYS = {"step", "tokens", "seconds", "train_loss", "learning_rate"}
 KEYS |= {"gradient_norm", "tokens_per_second", "memory_bytes"}

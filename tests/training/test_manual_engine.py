@@ -10,7 +10,7 @@ from quire.layers.layer import Layer
 from quire.models.gpt import GPT, GPTSettings
 from quire.training import loop
 from quire.training.engines import ENGINES
-from quire.training.train import resume
+from quire.training.resume import resume
 
 SHAPE = {"vocabulary_size": 13, "context_length": 8, "embedding_size": 8, "layers": 2, "heads": 2}
 

@@ -13,7 +13,7 @@ from quire.evaluation.loss import total_loss
 from quire.generation.generate import Writer
 from quire.run import Run
 from quire.training.loop import Trainer
-from quire.training.train import resume
+from quire.training.resume import resume
 from tests.training.conftest import assert_equal_tensors
 
 MESSAGES = [
@@ -96,11 +96,11 @@ def test_pairs_with_an_encoder_are_parted_too(lab, monkeypatch):
     small = quire.train(**{**settings, "run": lab.folder / "small", "batch_size": 4, "accumulation_steps": 2})
     accumulated = Trainer.accumulated
 
-    def limited(trainer, parts, counted):
+    def limited(trainer, parts):
         if max(len(part.source) for part in parts) > 4:
             torch.rand(3)
             raise MESSAGES[0]
-        return accumulated(trainer, parts, counted)
+        return accumulated(trainer, parts)
 
     monkeypatch.setattr(Trainer, "accumulated", limited)
     run = quire.train(**{**settings, "run": lab.folder / "run", "batch_size": 8, "accumulation_steps": 1})

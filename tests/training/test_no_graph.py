@@ -25,7 +25,7 @@ from quire.run import Run
 from quire.training import journal
 from quire.training.engines import ENGINES
 from quire.training.loop import Trainer
-from quire.training.train import verify
+from quire.training.resume import verify
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
 TRAINING = {

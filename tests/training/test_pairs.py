@@ -15,7 +15,7 @@ from quire.evaluation.evaluate import evaluate
 from quire.evaluation.translations import scored
 from quire.run import Run
 from quire.training import train
-from quire.training.train import resume, verify
+from quire.training.resume import resume, verify
 
 KINDS = {
     "encoder-decoder": {"kind": "encoder-decoder", "layers": 1, "embedding_size": 16, "heads": 2},

@@ -17,7 +17,7 @@ from quire.errors import UserError
 from quire.run import Run
 from quire.training import state as states
 from quire.training import train
-from quire.training.train import reopened, resume, verify
+from quire.training.resume import reopened, resume, verify
 
 # ---- exactly ------------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ import torch
 from quire.run import Run
 from quire.training import threads
 from quire.training.loop import Trainer
+from quire.training.resume import resume
 from quire.training.threads import Reading, Watch, judged, measured_threads, reading
-from quire.training.train import resume
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,229 @@
+"""Several processes that train one model, started by torchrun: each takes its part of every batch.
+
+A World is the processes and what they do together; a World of one does nothing. Models, engines and optimizers know
+nothing of it: they are wrapped (DistributedDataParallel) or sharded (see sharded.py) from outside. A batch is that of
+all processes, as without them: the loss is the sum over all its tokens divided by their number, whoever holds which, so
+that the same settings give the same curve with any number of processes.
+
+    torchrun --nproc-per-node 2 -m quire train TEXT --run DIR
+"""
+
+import atexit
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from quire import processes
+from quire.devices import out_of_memory
+from quire.errors import UserError
+from quire.layers.ngram_embedding import NgramEmbedding
+
+LISTENING = 5.0  # seconds in which those that are still there say so, after one is missed
+LOOKING = 0.2  # seconds between two looks at the store
+# What torch's backends say where another process has gone or hangs; gloo's errors have no type of their own.
+LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "socket", "broken pipe")
+
+
+class Lost(Exception):
+    """Another process of the training ended or hangs."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class World:
+    """`size` processes, of which this is number `rank`."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    # ---- who does what ----
+
+    def share(self, rows: int) -> slice:
+        """Which of a batch's rows are this process's: as equal shares as there can be, none empty."""
+        if rows < self.size:
+            raise UserError(
+                f"A batch of {rows} window{'s' * (rows != 1)} cannot be shared by {self.size} processes. Give a"
+                f" --batch-size of at least {self.size}, or start fewer processes."
+            )
+        return slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
+
+    def parts(self, rows: int, wanted: int) -> int:
+        """In how many parts each process takes its share of so many rows: the same number in all of them."""
+        return min(rows // self.size, wanted)
+
+    # ---- numbers exchanged, on the CPU ----
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Each number summed over all processes."""
+        if self.size == 1:
+            return list(numbers)
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        distributed.all_reduce(tensor)
+        return tensor.tolist()
+
+    def largest(self, number: float) -> float:
+        """The largest of all processes' numbers."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number, dtype=torch.float64)
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+        return float(tensor)
+
+    def first(self, number: float) -> float:
+        """The leading process's number."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number, dtype=torch.float64)
+        distributed.broadcast(tensor, 0)
+        return float(tensor)
+
+    def gathered(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors (of one shape, on the CPU) of all processes."""
+        if self.size == 1:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        distributed.all_gather(found, tensor)
+        return found
+
+    def meet(self) -> None:
+        """Wait until all are here."""
+        self.largest(0)
+
+    # ---- one after the other ----
+
+    @contextlib.contextmanager
+    def leading(self, what: str) -> Iterator[dict[str, str]]:
+        """What the leading process does while the others wait in `follow` for the same thing: they get what it puts
+        under "result", if that is there already, or learn that it failed, and why."""
+        told: dict[str, str] = {}
+        try:
+            yield told
+        except BaseException as error:
+            if self.size > 1:
+                reason = str(error) if isinstance(error, UserError) else type(error).__name__
+                processes.store().set(what, f"{type(error).__name__}: {reason}")
+            raise
+        if self.size > 1 and "result" in told:
+            processes.store().set(what, f"result: {told['result']}")
+
+    def follow(self, what: str) -> str:
+        """The result of what the leading process does meanwhile, however long that takes."""
+        store = processes.store()
+        with self.explained():
+            while not store.check([what]):
+                time.sleep(LOOKING)
+            kind, _, text = store.get(what).decode().partition(": ")
+        if kind == "UserError":
+            raise UserError(text)  # which the leading process says
+        if kind != "result":
+            raise Lost(f"Process 0 ended: {text}.")
+        return text
+
+    # ---- the model ----
+
+    def of_step(self, wrapped: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around a part of a step: gradients are exchanged once, with the last part's."""
+        if last or not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return wrapped.no_sync()
+
+    def wrapped(self, model: Any, device: torch.device) -> Any:
+        """The model with gradients that become the mean over all processes while autograd runs."""
+        for module in model.modules():
+            if isinstance(module, NgramEmbedding):
+                module.sparse = False  # DistributedDataParallel expects dense gradients of all but torch's embeddings
+        where = [device] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=where, gradient_as_bucket_view=True)
+
+    # ---- what goes wrong ----
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Within, an error that means that another process is missed becomes a sentence that names it."""
+        try:
+            yield
+        except RuntimeError as error:
+            said = str(error).lower()
+            if self.size == 1 or out_of_memory(error) or not any(word in said for word in LOST):
+                raise
+            raise Lost(self.who_is_missing()) from error
+
+    def who_is_missing(self) -> str:
+        """A sentence about those processes that do not say within a moment that they are there."""
+        remedy = "Training stopped; quire resume, or the same command under torchrun, goes on from the last checkpoint."
+        try:
+            store = processes.store()
+            store.set(f"here/{self.rank}", "")
+            until = time.monotonic() + LISTENING
+            missing = [rank for rank in range(self.size) if rank != self.rank]
+            while missing and time.monotonic() < until:
+                time.sleep(LOOKING)
+                missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
+            names = " and ".join(f"process {rank} ({store.get(f'name/{rank}').decode()})" for rank in missing)
+        except RuntimeError:
+            return f"The other processes, and their store, do not answer any more. {remedy}"
+        if not missing:
+            return f"The connection between the processes was lost for a moment. {remedy}"
+        verb, it, was = ("does", "it hangs", "it was") if len(missing) == 1 else ("do", "they hang", "they were")
+        return f"{names[0].upper()}{names[1:]} {verb} not answer: {it}, or {was} killed. {remedy}"
+
+
+ALONE = World()
+
+
+@cache
+def join(timeout: float) -> World:
+    """Meet the other processes of this launch; later messages fail after `timeout` seconds without an answer."""
+    if not processes.launched():
+        return ALONE
+    store = processes.store()
+    rank, size = processes.rank(), processes.world_size()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    store.set(f"name/{rank}", f"pid {os.getpid()} on {platform.node()}")
+    atexit.register(leave)
+    return World(rank, size)
+
+
+def alone() -> None:
+    """Make this process a group of one, where it was not launched among others: sharding needs a group."""
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        atexit.register(leave)
+
+
+def leave() -> None:
+    """Leave the group at the process's end."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The device of this process: where a machine has several GPUs, each process takes the one of its number."""
+    if device.type != "cuda" or processes.local_size() == 1:
+        return device
+    number, size, cards = processes.local_rank(), processes.local_size(), torch.cuda.device_count()
+    if device.index is not None:
+        raise UserError("Several processes take a GPU each: leave the number out of --device.")
+    if number >= cards:
+        raise UserError(
+            f"There are {size} processes on this machine, and {cards} GPU{'s' * (cards != 1)}: start it with"
+            f" --nproc-per-node {cards}, or take --device cpu."
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)

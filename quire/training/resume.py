@@ -1,0 +1,143 @@
+"""Going on with a run: exactly where it stopped, further than it was to go, and the proof that stopping is exact."""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+from quire import files
+from quire.config import from_table
+from quire.data.reading import DataSettings
+from quire.errors import UserError
+from quire.progress import say
+from quire.run import Run
+from quire.training.distributed import World, join
+from quire.training.loop import Trainer
+from quire.training.settings import Settings, TrainingSettings
+from quire.training.texts import find_data
+from quire.training.threads import prepare_machine
+from quire.training.verify import first_difference
+
+VERIFIED_STEPS = 6
+
+
+def resume(
+    run: Run | str | Path,
+    *,
+    steps: int = 0,
+    minutes: float = 0.0,
+    data: Sequence[str] = (),
+    engine: str = "",
+    device: str = "",
+    threads: int = 0,
+    began: float | None = None,
+) -> Run:
+    """Continue a run exactly where it stopped; a finished one trains `steps` or `minutes` more, if given.
+
+    `data` says where the training text is now, if it has moved. Gives the run, also where there is nothing to do.
+    """
+    began = began or time.time()
+    run = run if isinstance(run, Run) else Run(run)
+    if steps < 0 or minutes < 0 or (steps and minutes):
+        raise UserError("Give --steps N or --minutes M, one of them, to train a finished run further.")
+    with held(run, join(settings_of(run).timeout)):
+        trainer = reopened(run, data, engine=engine, device=device, threads=threads, began=began)
+        found = trainer.load()
+        state = trainer.state
+        if state.finished and not (steps or minutes):
+            say(
+                f"{run.path} is finished (step {state.step}): nothing to resume."
+                f" To train it further: quire resume {run.path} --minutes 5"
+            )
+            return run
+        if (steps or minutes) and not state.finished:
+            raise UserError(f"{run.path} is not finished (step {state.step}). Finish it first: quire resume {run.path}")
+        trainer.journal.cut_back(state)
+        if steps or minutes:
+            say(f"{run.path} trains on from step {state.step}; the learning rate warms up again.")
+            trainer.stretch(steps, minutes)
+            trainer.save("last")
+        elif found:
+            say(f"{run.path} resumes at step {state.step}.")
+        else:
+            say(f"{run.path} was stopped before its first checkpoint and begins anew.")
+        trainer.fit()
+    return run
+
+
+def verify(
+    run: Run | str | Path, *, data: Sequence[str] = (), engine: str = "", device: str = "", threads: int = 0
+) -> str | None:
+    """Train a few steps twice from the last checkpoint, once through a stop; the first part that differs, or None.
+
+    A finished run begins a new stretch for it, since the end of a schedule may move nothing. The run itself is left
+    as it is.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    if join(settings_of(run).timeout).size > 1:
+        raise UserError("A resume is verified by one process: call quire resume RUN --verify without torchrun.")
+    first = reopened(run, data, engine=engine, device=device, threads=threads)
+
+    def trainer() -> Trainer:
+        again = Trainer(run, first.settings, first.tokens, first.device, time.time())
+        again.load()
+        if again.state.finished:
+            again.stretch(VERIFIED_STEPS, 0.0)
+        return again
+
+    with tempfile.TemporaryDirectory() as folder:
+        return first_difference(trainer, Path(folder) / "checkpoint", VERIFIED_STEPS)
+
+
+def training_lock(run: Run) -> AbstractContextManager[None]:
+    """Held by the one process that trains a run."""
+    sentence = f"Another process is training {run.path}. Wait for it, or stop it with Ctrl-C there."
+    return files.locked(run.path / ".lock", sentence)
+
+
+@contextlib.contextmanager
+def held(run: Run, world: World) -> Iterator[None]:
+    """Within, nobody else trains the run; what a kill left of its checkpoints has been put right."""
+    what = f"held {run.path}"
+    if not world.leads:
+        world.follow(what)
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        with world.leading(what) as told:
+            stack.enter_context(training_lock(run))
+            files.sweep(run.path / "checkpoints", "state.json")
+            told["result"] = "held"
+        yield
+
+
+def settings_of(run: Run) -> TrainingSettings:
+    """How a run is trained."""
+    return from_table(TrainingSettings, run.config.get("training", {}), "training")
+
+
+def reopened(
+    run: Run, data: Sequence[str] = (), *, engine: str = "", device: str = "", threads: int = 0, began: float = 0.0
+) -> Trainer:
+    """A trainer for a run that exists, its checkpoint not loaded; the text must be the one it began with."""
+    if run.imported:
+        raise UserError(
+            f"{run.path} was imported: there is no training to resume. To train its model on a text:"
+            f" quire finetune {run.path} {run.text_argument} --run NEW"
+        )
+    training = settings_of(run)
+    if engine == "manual" and training.compile == "yes":
+        training = replace(training, compile="no")  # what was compiled under the other engine no longer is
+    training = replace(
+        training,
+        engine=engine or training.engine,
+        device=device or training.device,
+        threads=threads or training.threads,
+    )
+    settings = Settings(from_table(DataSettings, run.config.get("data", {}), "data"), run.settings, training)
+    where, _ = prepare_machine(training)
+    tokens = find_data(run, settings, tuple(data))
+    return Trainer(run, training, tokens, where, began or time.time())
