@@ -1,17 +1,21 @@
 """quire plan: what a training would take and give, before any of it is spent."""
 
 import json
+import shlex
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tyro.conf import FlagConversionOff, OmitArgPrefixes
 
-from quire.cli.flags import Switch, value_of
+from quire.cli.flags import Switch, program, value_of
 from quire.cli.models import amount
 from quire.cli.runs import size
 from quire.cli.train import Preset, StagedSettings, TextSettings, arguments, settings_of, wanted_family
 from quire.config import Table
+from quire.errors import UserError
 from quire.models import ModelSettings
+from quire.planning import cluster
+from quire.planning.cards import NODE
 from quire.planning.plan import Plan, planned
 from quire.planning.recipes import EXPORTABLE, FAMILIES, FASTEST, Prediction
 from quire.training.settings import LENGTHS, Settings
@@ -23,13 +27,17 @@ from quire.training.train import check_length
 class Arguments:
     """Say what training on TEXT takes and gives: model, memory, time and the loss to expect. Nothing is trained.
 
-    Takes the flags of quire train, and measures this machine for a few seconds.
+    Takes the flags of quire train, and measures this machine for a few seconds. With --devices it plans for cards
+    elsewhere: nothing is measured and no TEXT is read, memory, time and dollars follow from formulas.
     """
 
     preset: Preset = "default"  # where settings start from; without it, the planner chooses them
     config: str = ""  # a TOML file over the preset, for example another run's config.toml
     fastest: Switch = False  # a recipe with n-grams beside the network: usually a lower loss; only Quire can load it
     json: Switch = False  # print one JSON object on standard output
+    devices: int = 0  # plan for so many cards, in machines of 8; 0: for this machine
+    card: str = "h100"  # of which kind: a100-40gb, a100-80gb, h100, h200, l40s or rtx-4090
+    price: float = 0.0  # dollars of a card for an hour; 0: what the table has
     training: OmitArgPrefixes[StagedSettings] = field(default_factory=StagedSettings)
     data: OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
     model: FlagConversionOff[ModelSettings] = field(default_factory=ModelSettings)
@@ -38,6 +46,12 @@ class Arguments:
 def run(words: list[str]) -> int:
     """Plan, and print it."""
     given = arguments(Arguments, words, "plan")
+    if given.devices:
+        return elsewhere(words, given)
+    if value_of(words, "--card") or value_of(words, "--price"):
+        raise UserError(
+            "--card and --price say of which cards there are --devices N. Give that too, or leave them out."
+        )
     wanted = wanted_family(words, given)
     if any(value_of(words, f"--{name}") for name in LENGTHS):
         check_length(given.training)  # --minutes 0
@@ -148,3 +162,110 @@ def otherwise(plan: Plan) -> list[str]:
     elif plan.recipe and plan.kind == FASTEST:
         lines.append(f"a model that other programs can load: leave out --fastest ({FAMILIES[EXPORTABLE]})")
     return lines
+
+
+# ---- cards elsewhere ----
+
+
+def elsewhere(words: list[str], given: Arguments) -> int:
+    """Plan for cards that are not here, and print it."""
+    if value_of(words, "--minutes"):
+        raise UserError(
+            "--devices tells the time that a length in tokens takes: give --tokens or --steps, no --minutes."
+        )
+    found = cluster.planned(settings_of(given), given.devices, given.card, given.price)
+    commands = [command(words, given, found, way) for way in found.ways]
+    if given.json:
+        ways = [
+            asdict(way) | {"total_memory": way.total_memory, "command": line}
+            for way, line in zip(found.ways, commands, strict=True)
+        ]
+        print(json.dumps(asdict(found) | {"ways": ways}))
+    else:
+        run_it = next((line for way, line in zip(found.ways, commands, strict=True) if way == found.best), "")
+        print("\n".join(told_elsewhere(found, run_it)))
+    return 0
+
+
+def told_elsewhere(plan: cluster.ClusterPlan, run_it: str) -> list[str]:
+    """The plan for cards elsewhere in lines."""
+    shape = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.model.items() if value)
+    machines = f" in {plan.nodes} machines" if plan.nodes > 1 else ""
+    share = f"{plan.share:.0%} of {plan.peak / 1e12:.0f} T operations a second at this width"
+    each = f"{plan.tokens / sum(plan.parameters.values()):.3g} for each parameter"
+    why = ", since no length in tokens was given" if plan.chinchilla else ""
+    every = plan.windows * plan.context_length
+    lines = [
+        row("model", f"{plan.kind}: {shape}, context {plan.context_length}, vocabulary {plan.vocabulary_size:,}"),
+        row("parameters", total(plan.parameters, amount)),
+        row(
+            "cards",
+            f"{plan.devices} {plan.card}{machines}: {size(plan.memory_limit)}, {share}, ${plan.price:.2f} an hour",
+        ),
+        row("training", f"{plan.steps:,} steps of {plan.windows} windows, {amount(every)} tokens"),
+        row("tokens", f"{amount(plan.tokens)}: {each}{why}"),
+        row("arithmetic", f"{amount(plan.flops_per_token)} operations a token, forward and backward"),
+        "",
+        cells("memory of a card", [way.name for way in plan.ways]),
+    ]
+    parts = dict.fromkeys(name for way in plan.ways for name in way.memory)
+    lines += [cells(f"  {name}", [size(way.memory.get(name, 0)) for way in plan.ways]) for name in parts]
+    lines += [
+        cells("  together", [size(way.total_memory) for way in plan.ways]),
+        cells("fits", ["yes" if way.fits else "no" for way in plan.ways]),
+        cells("windows at once", [f"{way.micro_batch} ({way.largest_micro_batch} fit)" for way in plan.ways]),
+    ]
+    for name in ("computing", "optimizer", "exchange"):
+        lines.append(cells(f"  {name}", [milliseconds(way.seconds[name]) if way.seconds else "-" for way in plan.ways]))
+    lines += [
+        cells("a step", [milliseconds(sum(way.seconds.values())) if way.seconds else "-" for way in plan.ways]),
+        cells("tokens a second", [amount(int(way.tokens_per_second or 0)) if way.fits else "-" for way in plan.ways]),
+        cells("of the peak (MFU)", [f"{way.utilization:.1%}" if way.utilization else "-" for way in plan.ways]),
+        cells("time", [span(way.days) if way.days else "-" for way in plan.ways]),
+        cells("dollars", [digits(way.cost) if way.cost else "-" for way in plan.ways]),
+        "",
+    ]
+    remedy = "It fits on none of these: take more --devices, a --card with more memory, or a smaller model."
+    return [*lines, run_it or remedy]
+
+
+def span(days: float) -> str:
+    """A time in days, hours or minutes."""
+    for unit, length in (("days", 1.0), ("hours", 1 / 24)):
+        if days >= 1.5 * length:
+            return f"{digits(days / length)} {unit}"
+    return f"{digits(1440 * days)} minutes"
+
+
+def cells(name: str, columns: list[str]) -> str:
+    """A line of the table."""
+    return f"{name:20}" + "".join(f"{text:>18}" for text in columns)
+
+
+def command(words: list[str], given: Arguments, plan: cluster.ClusterPlan, way: cluster.Way) -> str:
+    """The command that trains this way: the flags that were given, with the batch as it is taken here."""
+    left = without(words, ("--devices", "--card", "--price", "--batch-size", "--accumulation-steps"))
+    left = [word for word in left if word not in ("--json", "--gradient-checkpointing")]
+    flags = [f"--batch-size {way.micro_batch * plan.devices} --accumulation-steps {way.accumulation_steps}"]
+    if plan.chinchilla:
+        flags.append(f"--tokens {plan.tokens}")
+    if way.gradient_checkpointing:
+        flags.append("--gradient-checkpointing")
+    if way.parallel:
+        flags.append(f"--parallel {way.parallel}")
+    train = shlex.join(["train", *([] if given.data.text else ["TEXT"]), *left]) + " " + " ".join(flags)
+    if not way.parallel:
+        return f"{program()} {train}"
+    meet = f"--nnodes {plan.nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29400 " if plan.nodes > 1 else ""
+    return f"torchrun {meet}--nproc-per-node {min(plan.devices, NODE)} -m quire {train}"
+
+
+def without(words: list[str], flags: tuple[str, ...]) -> list[str]:
+    """A command line without these flags and their values."""
+    left, rest = [], iter(words)
+    for word in rest:
+        if word in flags:
+            next(rest, None)
+        elif not word.startswith(tuple(f"{flag}=" for flag in flags)):
+            left.append(word)
+    return left
