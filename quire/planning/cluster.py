@@ -42,7 +42,7 @@ class Way:
     @property
     def name(self) -> str:
         """As the table heads it."""
-        return (self.parallel or "one card") + (", recomputed" if self.gradient_checkpointing else "")
+        return (self.parallel or "one card") + (", checkpointed" if self.gradient_checkpointing else "")
 
     @property
     def total_memory(self) -> int:
