@@ -62,10 +62,11 @@ def store() -> Any:
     """The launch's store; its keys begin anew when torchrun starts the processes again."""
     from datetime import timedelta
 
+    from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     found, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=STORE_SECONDS)))
-    return found
+    return PrefixStore(f"quire/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", found)
 
 
 def first_to_say(sentence: str) -> bool:

@@ -31,15 +31,18 @@ class Saving:
         if self.shards and again:
             self.shards.save_again(folder, best)
         elif self.shards:
-            weights = {f"model.{name}": t.detach() for name, t in checkpoint.model_tensors(self.model).items()}
-            training = states.training_tensors(self.model, self.optimizers, self.scaler, self.world)
-            self.shards.save(folder, {**weights, **training}, table)
+            self.shards.save(folder, self.tensors(), table)
         elif again and self.world.leads:
             checkpoint.save_again(folder, best)
         elif not again:
             states.save(folder, state, self.model, self.optimizers, self.scaler, self.world)
         if which == "best":
             self.best = table
+
+    def tensors(self) -> checkpoint.Tensors:
+        """Weights, optimizer state and random generators; of what is sharded this process's parts."""
+        weights = {f"model.{name}": tensor.detach() for name, tensor in checkpoint.model_tensors(self.model).items()}
+        return {**weights, **states.training_tensors(self.model, self.optimizers, self.scaler, self.world)}
 
     def load(self, folder: Path) -> TrainingState:
         """Put the checkpoint in `folder` into model and optimizers; gives its state."""

@@ -1,0 +1,417 @@
+"""Several processes train one model: as one process does, through kills, hangs and signals, and with one voice.
+
+This file starts itself as two processes that find each other as under torchrun; what they found they write into a
+folder, and the tests read it there. Kills are torchrun's own matter, and go through it.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import quire
+from quire import checkpoint, processes
+from quire.data.batches import Batches, Cursor
+from quire.data.pairs import Pairs
+from quire.errors import UserError
+from quire.run import Run
+from quire.training import agreement, loop, saving
+from quire.training.distributed import World, join
+from quire.training.loop import Trainer
+from quire.training.resume import resume
+from quire.training.settings import TrainingSettings
+from quire.training.sharded import Shards
+
+CPU = torch.device("cpu")
+MODEL = {"layers": 1, "embedding_size": 16, "heads": 2, "context_length": 16, "dropout": 0.1}
+TRAINING = {"batch_size": 5, "warmup_steps": 2, "sample_tokens": 10, "threads": 1, "device": "cpu", "steps": 12}
+KILLED, STEPS = 8, 10  # the step at which a process is killed; steps of the comparison with one process
+BARE = MappingProxyType({name: value for name, value in os.environ.items() if name != "QUIRE_CACHE"})
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    return {**BARE, "PYTHONPATH": str(Path(quire.__file__).parents[1]), "QUIRE_CACHE": str(folder / "cache"),
+            "OMP_NUM_THREADS": "1", **more}  # fmt: skip
+
+
+def flags(run: Path, text: Path) -> list[str]:
+    words = ["train", str(text), "--run", str(run), "--preset", "gpt-mini"]
+    words += [f"--model.{name.replace('_', '-')}={value}" for name, value in MODEL.items()]
+    return words + [f"--{name.replace('_', '-')}={value}" for name, value in TRAINING.items()]
+
+
+def start(folder: Path, size: int, command: list[str]) -> list[subprocess.Popen[str]]:
+    """The same command in `size` processes that know of each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+            env=environment(folder, **names, RANK=str(rank), LOCAL_RANK=str(rank)),
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+def ended(started: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each."""
+    found = [process.communicate(timeout=90) for process in started]
+    return [(process.returncode, *said) for process, said in zip(started, found, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text, and the two processes' training of it and what else they found."""
+    folder = tmp_path_factory.mktemp("distributed")
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefgh", k=generator.randint(2, 6))) for _ in range(40)]
+    (folder / "text.txt").write_text(" ".join(generator.choices(words, k=700)))
+    for code, _, said in ended(start(folder, 2, [str(Path(__file__).resolve()), str(folder)])):
+        assert code == 0, said
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    """What each process found."""
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+# ---- as one process does ----
+
+
+@pytest.mark.parametrize("way", agreement.WAYS)
+def test_two_processes_train_as_one(found, way):
+    """To 1e-5 in every loss (benchmarks/many_processes.py has the whole table, for 1 to 4 processes)."""
+    for process in found:
+        assert process["ways"][way]["difference"] < 1e-5
+        assert process["ways"][way]["same_parameters"]
+
+
+def test_a_process_that_is_out_of_step_would_be_seen(found):
+    """One that trains on the other's rows: the losses differ, or the comparison would see nothing."""
+    assert all(process["wrong"] > 1e-3 for process in found)
+
+
+def test_the_leading_process_alone_writes_and_the_run_says_who_trained(folder, found):
+    run = Run(folder / "run")
+    assert run.manifest["world_size"] == 2 and run.manifest["tokens_per_rank"] == [32, 48]
+    metrics = run.metrics()
+    assert [line["step"] for line in metrics] == sorted({line["step"] for line in metrics})
+    assert metrics[-1]["step"] == 12 and metrics[-1]["tokens"] > 12 * 5 * 15
+    assert [process["said"].count("Training ") for process in found] == [1, 0]
+    assert "curves differ with the number of processes" in found[0]["said"]
+
+
+def test_one_process_says_a_list_of_one(lab):
+    run = lab.train("one", steps=2)
+    assert run.manifest["world_size"] == 1 and run.manifest["tokens_per_rank"] == [4 * 16]
+    assert "launch" not in run.manifest
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_each_process_reads_only_its_part(size):
+    """Shares are disjoint, together they are the batch, and no token of another's is read."""
+
+    class Watched(np.ndarray):
+        read: set[int]
+
+        def __getitem__(self, place: Any) -> Any:
+            if isinstance(place, slice):
+                self.read.update(range(*place.indices(len(self))))
+            return np.asarray(super().__getitem__(place))
+
+    tokens = np.arange(1000)
+    after = Cursor(3, 100)
+    whole = Batches(tokens, 8, 1).take(after, 30)
+    rows, reads = [], []
+    for rank in range(size):
+        watched = tokens.view(Watched)
+        watched.read = set()
+        cursor = Cursor(3, 100)
+        batch = Batches(watched, 8, 1).take(cursor, 30, World(rank, size).share(30))
+        assert batch.among == whole.counted and cursor == after
+        assert batch.counted == int((batch.targets >= 0).sum())
+        rows.append(batch.inputs)
+        reads.append(watched.read)
+    assert torch.equal(torch.cat(rows), whole.inputs)
+    assert max(map(len, reads)) <= 9 * -(-30 // size)  # of 1,000 tokens, those of its own windows
+
+
+def test_pairs_are_shared_too():
+    tokens = np.array([0, 1, 2, 0, 3, 0, 4, 0, 5, 6, 0, 7, 7, 0, 8])
+    whole = Pairs(tokens, 0, 8, 1, True).take(Cursor(), 3)
+    parts = [Pairs(tokens, 0, 8, 1, True).take(Cursor(), 3, World(rank, 2).share(3)) for rank in range(2)]
+    assert sum(part.counted for part in parts) == whole.counted == parts[0].among == parts[1].among
+
+
+def test_a_batch_with_too_few_windows_is_refused():
+    with pytest.raises(UserError, match=r"2 windows cannot be shared by 3 processes.*--batch-size of at least 3"):
+        World(0, 3).share(2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"engine": "manual"}, "hand-written backward cannot do without: take --engine autograd"),
+        ({"optimizer": "muon"}, "take --optimizer adamw, or --parallel ddp"),
+        ({"precision": "float16"}, "not --precision float16"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(settings, said):
+    with pytest.raises(UserError, match=said):
+        TrainingSettings(steps=1, parallel="fsdp", **settings)
+
+
+def test_tables_cannot_be_sharded(lab):
+    with pytest.raises(UserError, match="cannot shard n-gram tables"):
+        quire.train(str(lab.text), run=lab.folder / "run", preset="ngram", steps=1, parallel="fsdp", optimizer="adamw", curriculum=(),
+                    model={"layers": 1, "embedding_size": 16, "heads": 2, "context_length": 16})  # fmt: skip
+
+
+# ---- sharded checkpoints ----
+
+
+def test_a_sharded_training_resumes_to_the_same_bits(found):
+    for process in found:
+        assert process["sharded"]["resumed"] == []
+        assert process["sharded"]["unlike the beginning"]
+
+
+def test_shards_are_read_by_who_knows_nothing_of_them(folder, found):
+    """One process loads, measures and trains on what two have written in parts, and the other way round."""
+    run, written = Run(folder / "sharded"), found[0]["sharded"]["weights"]
+    files = sorted(path.name for path in run.folder("last").iterdir())
+    assert [name.partition("-model-")[0] for name in files] == ["shard-00001"] * 2 + ["shard-00002"] * 2 + [
+        "state.json"
+    ]
+    weights = run.checkpoint().model
+    assert {name: tensor.flatten().tolist() for name, tensor in weights.items()} == written
+    for process in found:
+        assert process["sharded"]["from an ordinary one"] == []
+
+
+def test_a_flipped_bit_in_a_shard_is_refused_by_name(folder, tmp_path, found):
+    damaged = found[0]["sharded"]["damaged"]
+    assert "shard-00002-model-00001-of-00002.safetensors is damaged: tensor model." in damaged
+    assert found[1]["sharded"]["damaged"] == damaged
+
+
+def test_one_process_shards_for_itself(lab):
+    run = lab.train("run", steps=12, parallel="fsdp")
+    assert checkpoint.is_sharded(run.folder("last"))
+    plain = lab.train("plain", steps=12)
+    for name, tensor in run.checkpoint().model.items():
+        torch.testing.assert_close(tensor, plain.checkpoint().model[name])
+    resumed = resume(run, steps=3)
+    assert resumed.metrics()[-1]["step"] == 15
+
+
+# ---- faults ----
+
+
+def test_a_killed_process_costs_nothing(folder, found):
+    """torchrun starts both again, the same command goes on, and everything is as if nothing had happened."""
+    (folder / "killer.py").write_text(
+        "import os, signal\n"
+        "from quire import processes\n"
+        "from quire.cli.main import main\n"
+        "from quire.training.loop import Trainer\n"
+        "step = Trainer.step_optimizers\n"
+        "def perhaps(trainer, loss):\n"
+        f"    if trainer.state.step == {KILLED} and processes.rank() == 1 and not processes.restarted():\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    step(trainer, loss)\n"
+        "Trainer.step_optimizers = perhaps\n"
+        "main()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command = [*launch, "--", str(folder / "killer.py"), *flags(folder / "killed", folder / "text.txt")]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment(folder), timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert f"{folder / 'killed'} resumes at step" in ran.stderr
+    straight, resumed = Run(folder / "run"), Run(folder / "killed")
+    for which in ("last", "best"):
+        one, other = (checkpoint.load(run.folder(which)) for run in (straight, resumed))
+        for mine, theirs in ((one.model, other.model), (one.training, other.training)):
+            assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert "random.cpu.1" in checkpoint.load(straight.folder("last")).training
+    clocks = ("seconds", "tokens_per_second", "memory_bytes")
+    curves = [
+        [{k: v for k, v in row.items() if k not in clocks} for row in run.metrics()] for run in (straight, resumed)
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_a_run_of_another_launch_is_not_gone_on_with(folder, found, monkeypatch):
+    """A run that was there before is refused, also by processes that torchrun has started again."""
+    from quire.training.settings import Settings
+    from quire.training.train import begun_before
+
+    run = folder / "run"
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "none",
+        "TORCHELASTIC_RESTART_COUNT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "launch", lambda: Run(run).manifest["launch"])
+    assert begun_before(Settings(), run) == run
+    monkeypatch.setattr(processes, "launch", lambda: "another")
+    assert begun_before(Settings(), run) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert begun_before(Settings(), run) is None
+
+
+def trained_until(folder: Path, run: Path, step: int, *more: str) -> list[subprocess.Popen[str]]:
+    """Two processes that train a run, which has come to a step."""
+    command = ["-m", "quire", *flags(run, folder / "text.txt"), "--steps=100000", "--evaluation-interval=50000", *more]
+    started, until = start(folder, 2, command), time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < step // 10:
+        assert time.monotonic() < until and all(process.poll() is None for process in started)
+        time.sleep(0.1)
+    return started
+
+
+def test_a_signal_to_one_process_saves_and_ends_all(folder, found):
+    started = trained_until(folder, folder / "stopped", 20)
+    started[1].send_signal(signal.SIGTERM)
+    told = ended(started)
+    assert [code for code, _, _ in told] == [143, 143]
+    sentences = [said for _, _, said in told if "Stopped at step" in said]
+    assert len(sentences) == 1 and f"quire resume {folder / 'stopped'}" in sentences[0]
+    state = Run(folder / "stopped").checkpoint().state
+    assert state["step"] >= 20 and f"Stopped at step {state['step']} and saved" in sentences[0]
+
+
+def test_a_process_that_hangs_is_named(folder, found):
+    started = trained_until(folder, folder / "hangs", 10, "--timeout=3")
+    os.kill(started[1].pid, signal.SIGSTOP)
+    code, _, said = ended(started[:1])[0]
+    started[1].kill()
+    started[1].communicate()
+    assert code == 1
+    assert f"Process 1 (pid {started[1].pid} on " in said and "does not answer: it hangs, or it was killed" in said
+
+
+def test_a_mistake_is_told_once(folder, found):
+    told = ended(start(folder, 2, ["-m", "quire", *flags(folder / "run", folder / "text.txt")]))
+    assert [code for code, _, _ in told] == [2, 2]
+    assert sum(said.count("exists already") for _, _, said in told) == 1
+
+
+@pytest.mark.parametrize("command", [["generate", "run"], ["resume", "run", "--verify"]])
+def test_what_one_process_does_is_refused_of_several(folder, found, command):
+    told = ended(start(folder, 2, ["-m", "quire", *command]))
+    assert [code for code, _, _ in told] == [2, 2]
+    assert sum(said.count("without torchrun") for _, _, said in told) == 1
+
+
+# ---- what runs in each of the two processes ----
+
+
+def sharded(folder: Path, world: World) -> dict[str, Any]:
+    """A sharded training, straight and through checkpoints of both kinds."""
+    run, tokens = agreement.small_run(folder / f"shards-{world.rank}")
+    settings = TrainingSettings(steps=12, parallel="fsdp", batch_size=4, device="cpu")
+    weights: dict[str, Any] = {}
+
+    def trainer(parallel: str = "fsdp") -> Trainer:
+        made = Trainer(run, TrainingSettings(**{**vars(settings), "parallel": parallel}), tokens, CPU, time.time())
+        made.begin()
+        made.wrap_model()
+        return made
+
+    def whole(of: Trainer) -> dict[str, torch.Tensor]:
+        parts = {name: tensor.clone() for name, tensor in of.saving.tensors().items()}
+        return {name: part.full_tensor() if hasattr(part, "full_tensor") else part for name, part in parts.items()}
+
+    def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+        return sorted(one.keys() ^ other.keys()) or [name for name in one if not torch.equal(one[name], other[name])]
+
+    where, straight, stopped = folder / "sharded" / "checkpoints" / "last", trainer(), trainer()
+    beginning = whole(straight)
+    for _ in range(6):
+        straight.update()
+        stopped.update()
+    stopped.saving.shards.save(where, stopped.saving.tensors(), stopped.state.to_table())
+    stopped.update()  # while it is being written: what is saved is what was there then
+    stopped.saving.finish()
+    middle = whole(straight)
+    weights = {
+        name.removeprefix("model."): tensor.flatten().tolist() for name, tensor in middle.items() if "model." in name
+    }
+    resumed = trainer()
+    resumed.state = resumed.saving.load(where)
+    for _ in range(3):
+        straight.update()
+        resumed.update()
+    result = {"weights": {n: w for n, w in weights.items() if not n.startswith("optimizer")},
+              "resumed": differing(whole(straight), whole(resumed)),
+              "unlike the beginning": bool(differing(beginning, whole(straight)))}  # fmt: skip
+    ordinary = trainer("ddp")
+    ordinary.state = ordinary.saving.load(where)
+    ordinary.saving.run = Run(run.path)
+    ordinary.saving.save("last", ordinary.state)
+    world.meet()
+    again = trainer()
+    again.state = again.saving.load(folder / "shards-0" / "checkpoints" / "last")
+    result["from an ordinary one"] = differing(middle, whole(again))
+    if world.leads:
+        for path in (folder / f"shards-{world.rank}").iterdir():
+            if path.name != "checkpoints":
+                path.rename(folder / "sharded" / path.name)
+        path = where / "shard-00002-model-00001-of-00002.safetensors"
+        good = path.read_bytes()
+        path.write_bytes(good[:-40] + bytes([good[-40] ^ 1]) + good[-39:])
+    world.meet()
+    try:
+        again.saving.load(where)
+    except UserError as error:
+        result["damaged"] = str(error)
+    world.meet()
+    if world.leads:
+        path.write_bytes(good)
+    return result
+
+
+def work(folder: Path) -> None:
+    """Everything in which both take part."""
+    torch.set_num_threads(1)
+    said: list[str] = []
+    speak = loop.say
+    from quire import progress
+
+    console = progress.console()
+    show = console.print
+    console.print = lambda text, **style: said.append(text) or show(text, **style)
+    assert speak is progress.say
+    quire.train(str(folder / "text.txt"), run=folder / "run", preset="gpt-mini", model=MODEL, **TRAINING)
+    world = join(TrainingSettings.timeout)
+    result: dict[str, Any] = {"said": "\n".join(said)}
+    result["ways"] = {each.way: vars(each) for each in agreement.agreements(world, CPU, STEPS)}
+    share = World.share
+    World.share = lambda self, rows: share(World(0, self.size), rows)
+    result["wrong"] = agreement.agreements(world, CPU, 2)[0].difference
+    World.share = share
+    assert saving.Shards is Shards
+    result["sharded"] = sharded(folder, world)
+    (folder / f"{world.rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
