@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import sys
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,8 @@ from quire.errors import UserError
 
 
 def operation(kind: str, path: Path) -> None:
-    """Called before each change to the disk (kind: write, rename, remove, make). Does nothing; tests replace it."""
+    """Called before each change to the disk (kind: write, rename, remove, make, touch). Does nothing; tests replace
+    it."""
 
 
 def cache_folder() -> Path:
@@ -93,6 +96,30 @@ def open_new(path: Path) -> BinaryIO:
     """A file to write a stream into, for what is of no use to anyone after a kill: not waited for, not renamed."""
     operation("write", path)
     return open(path, "w+b")
+
+
+def write_unsynced(path: Path, data: bytes) -> None:
+    """Write the whole file or nothing, of which a power cut may leave anything: for what has a checksum elsewhere and
+    can be had again. Several processes may write the same file at once."""
+    new = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.new")
+    operation("make", path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        operation("write", path)
+        new.write_bytes(data)
+        operation("rename", path)
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
+
+
+def touch(path: Path) -> None:
+    """Note that a file was used just now."""
+    operation("touch", path)
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
 
 
 def append_line(path: Path, line: str, sync: bool = False) -> None:
@@ -175,12 +202,21 @@ def sha256_of(path: Path) -> str:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON object that carries its own CRC-32, as the field `crc32`."""
-    write_text(path, _checked_json(value))
+    write_bytes(path, spelled_json(value))
+
+
+def spelled_json(value: dict[str, Any]) -> bytes:
+    """What `write_json` writes."""
+    return _checked_json(value).encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read what `write_json` wrote; a changed byte is a UserError naming the file."""
-    raw = path.read_bytes()
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(raw: bytes, path: object) -> dict[str, Any]:
+    """`read_json` of a file's bytes, wherever that lies."""
     try:
         value = json.loads(raw)
         del value["crc32"]

@@ -34,7 +34,7 @@ ORDER = [
 # Slow to import, and not needed by everyone: only inside functions.
 LAZY = {
     "matplotlib", "charset_normalizer", "transformers", "rich", "filelock", "tomli_w", "safetensors", "pyarrow",
-    "datasets", "gguf", "onnx", "onnxruntime", "onnxscript",
+    "datasets", "gguf", "onnx", "onnxruntime", "onnxscript", "fsspec", "aiohttp",
 }  # fmt: skip
 
 

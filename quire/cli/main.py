@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a model on text: quire train book.txt --minutes 5",
     "resume": "continue a run exactly where it stopped, or train a finished one further",
     "finetune": "train a run's model on other text, in a new run: quire finetune RUN TEXT --minutes 2",
+    "prepare": "write a text's tokens into a folder or to an address: quire prepare TEXT --out s3://bucket/book",
     "plan": "what a training would take and give, before any of it is spent: quire plan book.txt --minutes 5",
     "generate": "let a run's model write",
     "evaluate": "measure a run's model on its held-out text, or on another",

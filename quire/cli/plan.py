@@ -57,7 +57,7 @@ def run(words: list[str]) -> int:
         check_length(given.training)  # --minutes 0
 
     def build(recipe: Table) -> Settings:
-        return settings_of(arguments(Arguments, words, "plan", recipe) if recipe else given)
+        return settings_of(arguments(Arguments, words, "plan", recipe) if recipe else given, words)
 
     found = planned(build, wanted)
     print(json.dumps(asdict(found)) if given.json else "\n".join(told(found)))
@@ -173,7 +173,7 @@ def elsewhere(words: list[str], given: Arguments) -> int:
         raise UserError(
             "--devices tells the time that a length in tokens takes: give --tokens or --steps, no --minutes."
         )
-    found = cluster.planned(settings_of(given), given.devices, given.card, given.price)
+    found = cluster.planned(settings_of(given, words), given.devices, given.card, given.price)
     commands = [command(words, given, found, way) for way in found.ways]
     if given.json:
         ways = [

@@ -16,6 +16,7 @@ from quire.models import ModelSettings
 from quire.planning.recipes import FASTEST, family
 from quire.planning.train import train_planned
 from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
+from quire.training.texts import OWN, with_its_tokenizer
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ Preset = Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(PRESETS)}}}")]
 class TextSettings(DataSettings):
     """Which text, and how it is read."""
 
-    text: Texts = ()  # files, folders, globs, http(s) addresses, -, known corpora, hf:OWNER/NAME; none: Shakespeare
+    text: Texts = ()  # files, folders, globs, addresses, -, corpora, hf:OWNER/NAME; an index.json; none: Shakespeare
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def run(words: list[str]) -> int:
     path = Path(given.run) if given.run else None
 
     def build(recipe: Table) -> Settings:
-        return settings_of(arguments(Arguments, words, "train", recipe) if recipe else given)
+        return settings_of(arguments(Arguments, words, "train", recipe) if recipe else given, words)
 
     trained = train_planned(build, wanted_family(words, given), path, BEGAN)
     return show_ending(trained, given.json)
@@ -78,9 +79,11 @@ def arguments(kind: type[T], words: list[str], command: str, recipe: Table | Non
     return parse(kind, words, command, default)
 
 
-def settings_of(given: Any) -> Settings:
+def settings_of(given: Any, words: list[str]) -> Settings:
     """The finished settings of a command's flags."""
-    return Settings(DataSettings(**vars(given.data)), given.model, TrainingSettings(**vars(given.training)))
+    settings = Settings(DataSettings(**vars(given.data)), given.model, TrainingSettings(**vars(given.training)))
+    flags = [name for name in OWN if value_of(words, f"--{name.replace('_', '-')}") is not None]
+    return with_its_tokenizer(settings, flags)
 
 
 def wanted_family(words: list[str], given: Any) -> str:

@@ -109,6 +109,8 @@ def cut(tokens: np.ndarray | TokenStream, rows: list[slice], context_length: int
     """A batch whose row i predicts from tokens[rows[i]] the tokens one further, filled up to the context length."""
     inputs = np.zeros((len(rows), context_length), dtype=np.int64)
     targets = np.full((len(rows), context_length), IGNORED, dtype=np.int64)
+    if isinstance(tokens, TokenStream):
+        tokens.fetch([slice(place.start, place.stop + 1) for place in rows])
     for row, place in enumerate(rows):
         width = place.stop - place.start
         inputs[row, :width] = tokens[place]

@@ -128,10 +128,10 @@ def prepare(
         ready = adapted(ready, training, held_out, unknown)
     content = [code(type(ready) if ready else TOKENIZERS[str(wanted)]), corpus.digest, validation and validation.digest]
     tokenizer = ready or fitted(str(wanted), vocabulary_size, training, held_out, content)
-    spelled = {"kind": tokenizer.kind, **tokenizer.to_table()}
+    spelling = spelled(tokenizer)
     policy: Unknown = "error" if unknown == "grow" else unknown  # it has grown
-    key = _key([*content, spelled, policy])
-    folder = files.cache_folder() / "tokens" / key
+    key = _key([*content, spelling, policy])
+    folder = folder_of(key)
     with files.locked(folder.with_name(f"{key}.lock")):
         index = _whole(folder)
         if index is None:
@@ -141,7 +141,7 @@ def prepare(
                 "held_out_as": how,
                 "training_documents": len(training),
             }
-            head = {"format": FORMAT, "content": _key(content), "tokenizer": _key(spelled), "report": about}
+            head = {"format": FORMAT, "content": _key(content), "tokenizer": _key(spelling), "report": about}
             index = _encode(folder, head, tokenizer, (training, held_out), policy)
     streams = [shards.opened(folder, index[name], index["dtype"]) for name in STREAMS]
     report = index["report"]
@@ -163,9 +163,19 @@ def opened(key: str) -> TokenStream | None:
 
     Of several processes of a machine, the first looks whether they are intact: each is to read only its part.
     """
-    folder = files.cache_folder() / "tokens" / key
+    folder = folder_of(key)
     index = _whole(folder, looked_at=processes.local_rank() > 0) if key else None
     return None if index is None else shards.opened(folder, index[STREAMS[0]], index["dtype"])
+
+
+def spelled(tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that a tokenizer is: two of the same spelling make the same tokens."""
+    return {"kind": tokenizer.kind, **tokenizer.to_table()}
+
+
+def folder_of(key: str) -> Path:
+    """Where the cache has, or would have, what is prepared under `key`."""
+    return files.cache_folder() / "tokens" / key
 
 
 def code(kind: type[Tokenizer]) -> str:

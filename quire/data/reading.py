@@ -17,6 +17,7 @@ from quire import files
 from quire.data.corpora import CORPORA, HubDataset
 from quire.data.decoding import BLOCK, NotText, check_encoding, decoded, shown, unpacked
 from quire.data.download import download
+from quire.data.elsewhere import is_index
 from quire.data.hub import hub_documents, is_hub
 from quire.data.parquet import parquet_documents
 from quire.data.splitting import check_kind, pairs, records, split
@@ -44,7 +45,7 @@ IS_RUN = "is a run of Quire"
 class DataSettings:
     """Which text a model is trained on, and how it is read."""
 
-    text: tuple[str, ...] = ()  # files, folders, globs, http(s) addresses, -, known corpora, hf:OWNER/NAME
+    text: tuple[str, ...] = ()  # files, folders, globs, http(s) addresses, -, corpora, hf:OWNER/NAME; an index.json
     pairs: str = ""  # instead of TEXT, a file of lines SOURCE tab TARGET, a .jsonl with these fields, or a task's name
     validation: str = ""  # a text held out whole, to measure on, instead of a part of the training text
     documents: str = "file"  # what one document is: file, line, blank-line, or a string that separates (\n: a line end)
@@ -52,6 +53,7 @@ class DataSettings:
     encoding: str = "utf-8"  # how files are encoded; a byte order mark at a file's beginning overrides it
     encoding_errors: Literal["strict", "replace"] = "strict"  # bytes that are not text: stop, or replace them by U+FFFD
     unknown: Policy = "error"  # what a given tokenizer lacks: refuse, skip, replace, or grow its vocabulary by it
+    cache_gigabytes: float = 10.0  # of a prepared text that lies elsewhere, how much is kept on this machine at most
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -109,6 +111,11 @@ class _Reader:
         self.done, self.total = 0, 0  # bytes of the files that it names
         if self.settings.pairs and (is_hub(text) or text.lower().endswith((".parquet", ".bin"))):
             raise UserError(f"Pairs are read from .tsv and .jsonl files, not from {text}. Write them as one of those.")
+        if is_index(text):
+            raise UserError(
+                f"{text} names a prepared text, which stands alone, to be trained on: quire train {text}"
+                " If it is a text itself, give it another name."
+            )
         if text == "-":
             self.add_file("-", sys.stdin.buffer if self.piped is None else io.BytesIO(self.piped))
         elif is_hub(text):

@@ -11,9 +11,10 @@ A stream needs no more than arrays: TokenStream([np.memmap("train.bin", "<u2", "
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,7 +27,30 @@ SHORT = 1 << 20  # bytes of a document that is never cut in two
 INDEX, FINISHED = "index.json", "finished.jsonl"  # FINISHED: the shards of an index that is not written yet
 STREAMS = ("training", "validation")
 
+FETCHED_AT_ONCE = 8  # blocks, where a shard lies elsewhere
+
 Shard = dict[str, Any]
+
+
+class Fetched(Protocol):
+    """Tokens that are fetched when they are sliced: a part of a stream that is no array."""
+
+    dtype: np.dtype[Any]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: slice) -> np.ndarray: ...
+
+    def span(self, start: int, stop: int) -> "Fetched":
+        """The tokens from `start` to `stop`, of which nothing is fetched yet."""
+        ...
+
+    def missing(self, start: int, stop: int) -> dict[Hashable, Callable[[], object]]:
+        """What fetches each block that these tokens lie in and that is not on this machine, by a name of the block."""
+        ...
+
+
+Part = np.ndarray | Fetched
 
 
 def token_type(vocabulary_size: int) -> np.dtype[Any]:
@@ -37,11 +61,12 @@ def token_type(vocabulary_size: int) -> np.dtype[Any]:
 class TokenStream:
     """Tokens in several arrays, one after the other, read as one: `len`, and slices, which are arrays."""
 
-    def __init__(self, parts: Sequence[np.ndarray]) -> None:
-        """`parts`: memory-mapped files, or arrays, of one type."""
+    def __init__(self, parts: Sequence[Part]) -> None:
+        """`parts`: memory-mapped files, or arrays, or what lies elsewhere, of one type."""
         self.parts = [part for part in parts if len(part)]
         self.dtype = parts[0].dtype if parts else np.dtype("<u2")
         self._ends = np.cumsum([len(part) for part in self.parts]).tolist()
+        self._here = all(isinstance(part, np.ndarray) for part in self.parts)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -53,25 +78,47 @@ class TokenStream:
             return self[start : start + 1][0]
         start, stop, step = place.indices(len(self))
         assert step == 1, "a stream is read forwards"
-        found = []
-        number = bisect_right(self._ends, start)
-        while start < stop:
-            part, begins = self.parts[number], self._ends[number] - len(self.parts[number])
-            found.append(part[start - begins : stop - begins])
-            start, number = self._ends[number], number + 1
+        found = [part[begin:end] for part, begin, end in self._pieces(start, stop)]
         if len(found) == 1:
             return np.asarray(found[0])
         return np.concatenate(found) if found else np.empty(0, dtype=self.dtype)
 
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[Part, int, int]]:
+        """The parts in which these tokens lie, and from where to where in each."""
+        number = bisect_right(self._ends, start)
+        while start < stop:
+            part, begins = self.parts[number], self._ends[number] - len(self.parts[number])
+            yield part, start - begins, min(stop - begins, len(part))
+            start, number = self._ends[number], number + 1
+
+    def fetch(self, places: Sequence[slice]) -> None:
+        """Bring what these slices need onto this machine, several blocks at once. Of arrays nothing is to be brought.
+
+        A slice alone does that too, one block after the other.
+        """
+        if self._here:
+            return
+        waiting: dict[Hashable, Callable[[], object]] = {}
+        for place in places:
+            for part, begin, end in self._pieces(place.start, place.stop):
+                if not isinstance(part, np.ndarray):
+                    waiting |= part.missing(begin, end)
+        if waiting:
+            with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
+                for done in [pool.submit(fetch) for fetch in waiting.values()]:
+                    done.result()
+
     def span(self, start: int, stop: int) -> "TokenStream":
         """The stream of the tokens from `start` to `stop`, of which nothing is read yet."""
-        begins = [end - len(part) for part, end in zip(self.parts, self._ends, strict=True)]
-        cut = [part[max(0, start - at) : max(0, stop - at)] for part, at in zip(self.parts, begins, strict=True)]
-        return TokenStream(cut)
+        start, stop, _ = slice(start, stop).indices(len(self))
+        cut: list[Part] = []
+        for part, begin, end in self._pieces(start, stop):
+            cut.append(part[begin:end] if isinstance(part, np.ndarray) else part.span(begin, end))
+        return TokenStream(cut or [np.empty(0, dtype=self.dtype)])
 
     def __iter__(self) -> Iterator[Any]:
-        for part in self.parts:
-            yield from part
+        for part, begin, end in self._pieces(0, len(self)):
+            yield from part[begin:end]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """All tokens in memory."""

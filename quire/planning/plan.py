@@ -22,7 +22,7 @@ from quire.planning.recipes import EXPORTABLE, FASTEST, Choice, Prediction, chos
 from quire.training.clock import EXIT_SECONDS, default_interval, evaluations, seconds_beside
 from quire.training.curriculum import shortened
 from quire.training.settings import LENGTHS, Settings, TrainingSettings, layered, typed
-from quire.training.texts import given_text, prepared_from, read_texts
+from quire.training.texts import given_text, open_text, with_its_tokenizer
 from quire.training.train import Loaded, check_pairs, fitted
 
 MINUTES = 2.5  # where nothing says how long
@@ -116,7 +116,8 @@ def asked(
     base: Table = {"model": {"kind": FASTEST}} if fastest and not named else {}
 
     def build(recipe: Table) -> Settings:
-        return typed(layered(preset or "default", flags=merged(merged(base, recipe), flags)))
+        settings = typed(layered(preset or "default", flags=merged(merged(base, recipe), flags)))
+        return with_its_tokenizer(settings, training)
 
     first = build({})
     return build, family(named, fastest, first.training, first.data)
@@ -166,9 +167,9 @@ def choose(
     `first` is what `build` makes of no recipe.
     """
     first, piped = given_text(first)
-    corpus, held_out = read_texts(first, piped)
+    text = open_text(first, piped)
     try:
-        size, seconds, speed = corpus.documents.sizes[0], 60 * minutes_of(first), None
+        seconds, speed = 60 * minutes_of(first), None
         power = 1.0  # core-seconds of the sweep that a second is worth here
         by_table = length_of(first) or minutes_of(first) < UNMEASURED_MINUTES
         measuring = MEASURING_SECONDS
@@ -176,13 +177,13 @@ def choose(
             left = 0.0 if by_table else max(0.0, seconds - (time.time() - began))
             measuring = min(measuring, MEASURING_SHARE * left)
         for last in (by_table, True):  # a second choice where measuring calls for one
-            choice = chosen(wanted, seconds * power, size) if wanted else Choice("")
+            choice = chosen(wanted, seconds * power, text.size) if wanted else Choice("")
             recipe = choice.recipe
             settings = within_context(replace(build(table()["recipes"].get(recipe, {})), data=first.data), recipe)
-            unchanged = bool(recipe) and holds(settings, recipe)
+            unchanged = bool(recipe) and holds(settings, recipe, text.fixed)
             share = choice.share if unchanged and not length_of(first) else 1.0
             settings = replace(settings, training=replace(settings.training, minutes=share * settings.training.minutes))
-            settings, prepared = fitted(*prepared_from(settings, corpus, held_out))
+            settings, prepared = fitted(*text.prepared(settings))
             if not measuring and unchanged:  # no time for it: what the table has for so short a time fits anywhere
                 break
             cost = cost_of(settings, device)
@@ -194,11 +195,12 @@ def choose(
             if last or not reference:  # another model's steps say nothing of a recipe's
                 break
             power = reference / speed.step_seconds
-            if chosen(wanted, seconds * power, size) == choice:
+            if chosen(wanted, seconds * power, text.size) == choice:
                 break
     finally:
-        corpus.close()
-    return Chosen(settings, Loaded(prepared, corpus.origins, piped), recipe if unchanged else "", share, speed)
+        text.close()
+    recipe = recipe if unchanged and not text.fixed else ""  # nothing is foretold of another tokenizer than its own
+    return Chosen(settings, Loaded(prepared, text.origins, piped), recipe, share, speed)
 
 
 def within_context(settings: Settings, recipe: str) -> Settings:
@@ -210,11 +212,12 @@ def within_context(settings: Settings, recipe: str) -> Settings:
     return replace(settings, training=replace(training, curriculum=stages))
 
 
-def holds(settings: Settings, recipe: str) -> bool:
-    """Whether the settings are still those of the recipe over the default preset, whatever flags went over it."""
-    wanted = layered("default", flags=table()["recipes"][recipe])
+def holds(settings: Settings, recipe: str, but: Sequence[str] = ()) -> bool:
+    """Whether the settings are still those of the recipe over the default preset, whatever flags went over it, `but`
+    for these."""
+    wanted, left_out = layered("default", flags=table()["recipes"][recipe]), {*LENGTHS, *but}
     parts = {"model": to_table(settings.model), "training": to_table(settings.training)}
-    named = ((part, name, value) for part in parts for name, value in wanted[part].items() if name not in LENGTHS)
+    named = ((part, name, value) for part in parts for name, value in wanted[part].items() if name not in left_out)
     return all(parts[part][name] == value for part, name, value in named)
 
 

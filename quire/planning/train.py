@@ -12,6 +12,7 @@ from quire.progress import say
 from quire.run import Run, refuse_existing
 from quire.training.distributed import join
 from quire.training.settings import Settings
+from quire.training.texts import is_prepared
 from quire.training.threads import in_words
 from quire.training.train import BEGUN, begun_before, train_run
 
@@ -56,7 +57,8 @@ def choice(found: Chosen, wanted: str) -> str:
     """What the planner chose, in words."""
     settings = found.settings
     model, training = settings.model, settings.training
-    changed = "" if found.recipe else ", changed by flags"
+    changed = ", with the tokenizer of the text" if is_prepared(settings.data) else ", changed by flags"
+    changed = "" if found.recipe else changed
     layers = getattr(model, "layers", 0)
     shape = f"{layers} layer{'s' * (layers != 1)} of {getattr(model, 'embedding_size', '?')}"
     lines = [

@@ -206,13 +206,18 @@ class _PublicRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
-        parts = urllib.parse.urlsplit(newurl)
-        if parts.scheme not in ("http", "https") or is_private(parts.hostname or ""):
-            raise UserError(
-                f"{req.full_url} redirects to {newurl}, which is not a public http(s) address, and is not followed. "
-                "If you trust it, give that address itself."
-            )
+        public_redirect(req.full_url, newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def public_redirect(address: str, target: str) -> None:
+    """Refuse a redirect to what is not a public http(s) address."""
+    parts = urllib.parse.urlsplit(urllib.parse.urljoin(address, target))
+    if parts.scheme not in ("http", "https") or is_private(parts.hostname or ""):
+        raise UserError(
+            f"{address} redirects to {target}, which is not a public http(s) address, and is not followed. "
+            "If you trust it, give that address itself."
+        )
 
 
 def is_private(host: str) -> bool:

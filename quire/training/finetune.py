@@ -15,7 +15,8 @@ from torch import Tensor
 
 from quire import checkpoint
 from quire.config import Table, merged
-from quire.data.prepare import Prepared, prepare
+from quire.data.prepare import Prepared
+from quire.data.reading import DataSettings
 from quire.data.vocabulary import Policy
 from quire.errors import UserError
 from quire.progress import say
@@ -23,7 +24,7 @@ from quire.run import Run, refuse_existing
 from quire.training.distributed import join
 from quire.training.loop import Trainer
 from quire.training.settings import LENGTHS, Settings, typed
-from quire.training.texts import read_texts
+from quire.training.texts import is_prepared, open_text
 from quire.training.threads import prepare_machine
 from quire.training.train import (
     BEGUN,
@@ -126,13 +127,16 @@ def new_run(
     refuse_existing(path)
     measure = settings.training.threads == 0
     device, threads = prepare_machine(settings.training)
-    corpus, held_out = read_texts(settings)
+    if is_prepared(settings.data):  # how the run's own text was read is of no concern to it
+        kept = ("text", "pairs", "validation", "unknown", "cache_gigabytes")
+        settings = replace(settings, data=DataSettings(**{name: getattr(settings.data, name) for name in kept}))
+    text = open_text(settings)
     try:
-        if [origin["sha256"] for origin in corpus.origins] == [origin["sha256"] for origin in base.manifest["data"]]:
+        if [origin["sha256"] for origin in text.origins] == [origin["sha256"] for origin in base.manifest["data"]]:
             raise UserError(f"That is the text {base.path} was trained on. To train on it further: {further}")
-        prepared = prepare(corpus, base.tokenizer, held_out, unknown=settings.data.unknown)
+        _, prepared = text.prepared(settings)
     finally:
-        corpus.close()
+        text.close()
     say(f"{', '.join(texts[:3])}: {prepared}")
     settings = Settings(
         settings.data,
@@ -141,7 +145,7 @@ def new_run(
     )
     if settings.data.pairs:
         prepared = fitting_pairs(settings, prepared)
-    manifest = describe(settings, prepared, corpus.origins, device)
+    manifest = describe(settings, prepared, text.origins, device)
     manifest |= {"finetuned_from": str(base.path), "separators": manifest["separators"] + base.manifest["separators"]}
     manifest |= {name: base.manifest[name] for name in KEPT if name in base.manifest}
     counts = settings.model.count(prepared.training)

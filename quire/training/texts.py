@@ -1,7 +1,8 @@
 """A run's text: read and prepared when it begins, found again when it resumes."""
 
 import sys
-from dataclasses import replace
+from collections.abc import Container
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +10,22 @@ import numpy as np
 from quire import files, processes
 from quire.config import Table
 from quire.data.documents import Mark
-from quire.data.prepare import Prepared, opened, prepare
-from quire.data.reading import read
-from quire.data.shards import TokenStream
+from quire.data.elsewhere import is_index
+from quire.data.prepare import Prepared, opened, prepare, spelled
+from quire.data.published import Published
+from quire.data.reading import DataSettings, read
+from quire.data.shards import INDEX, TokenStream
 from quire.data.spool import Corpus
 from quire.errors import UserError
 from quire.progress import bar, say
 from quire.run import Run
+from quire.tokenizers import TOKENIZERS, load_tokenizer
 from quire.tokenizers.auto import choose_for
 from quire.training.settings import Settings
 
 AUTO = "auto"  # the tokenizer that suits the text
 DEFAULT_CORPUS = "shakespeare"  # where nothing is named
+OWN = {"tokenizer": AUTO, "vocabulary_size": 0}  # what a prepared text has of itself
 STANDARD_INPUT = "standard-input.txt"  # where a run keeps text that came by a pipe
 
 
@@ -33,24 +38,127 @@ def given_text(settings: Settings) -> tuple[Settings, bytes | None]:
 
 def load_data(settings: Settings, piped: bytes | None = None) -> tuple[Settings, Prepared, list[Table]]:
     """The settings with the tokenizer that is taken, the prepared text, and where it came from."""
-    corpus, held_out = read_texts(settings, piped)
+    text = open_text(settings, piped)
     try:
-        settings, prepared = prepared_from(settings, corpus, held_out)
+        settings, prepared = text.prepared(settings)
     finally:
-        corpus.close()
-    return settings, prepared, corpus.origins
+        text.close()
+    return settings, prepared, text.origins
 
 
-def prepared_from(settings: Settings, corpus: Corpus, held_out: Corpus | None) -> tuple[Settings, Prepared]:
-    """The settings with the tokenizer that is taken, and a text that was read, prepared."""
-    training = settings.training
-    if training.tokenizer == AUTO:
-        choice = choose_for(corpus.documents.sizes[0])
-        size = training.vocabulary_size or choice.vocabulary_size
-        say(f"Tokenizer: {choice.kind}, because {choice.why}.")
-        training = replace(training, tokenizer=choice.kind, vocabulary_size=size)
-    prepared = prepare(corpus, training.tokenizer, held_out, training.vocabulary_size, settings.data.unknown)
-    return replace(settings, training=training), prepared
+def open_text(settings: Settings, piped: bytes | None = None) -> "ReadText | PreparedText":
+    """The text that the settings name: read, or found where it lies prepared."""
+    return PreparedText(settings.data) if is_prepared(settings.data) else ReadText(*read_texts(settings, piped))
+
+
+@dataclass(frozen=True)
+class ReadText:
+    """A text that was read, and that of --validation where one is given."""
+
+    corpus: Corpus
+    held_out: Corpus | None = None
+    fixed: tuple[str, ...] = ()  # the settings that it has of itself
+
+    @property
+    def origins(self) -> list[Table]:
+        """Where it came from, as a run's manifest has it."""
+        return self.corpus.origins
+
+    @property
+    def size(self) -> int:
+        """Its UTF-8 bytes."""
+        return self.corpus.documents.sizes[0]
+
+    def close(self) -> None:
+        """Delete what was written of it."""
+        self.corpus.close()
+
+    def prepared(self, settings: Settings) -> tuple[Settings, Prepared]:
+        """The settings with the tokenizer that is taken, and the tokens that it makes."""
+        training = settings.training
+        if training.tokenizer == AUTO:
+            choice = choose_for(self.size)
+            size = training.vocabulary_size or choice.vocabulary_size
+            say(f"Tokenizer: {choice.kind}, because {choice.why}.")
+            training = replace(training, tokenizer=choice.kind, vocabulary_size=size)
+        wanted, size, unknown = training.tokenizer, training.vocabulary_size, settings.data.unknown
+        prepared = prepare(self.corpus, wanted, self.held_out, size, unknown)
+        return replace(settings, training=training), prepared
+
+
+# ---- prepared before, by quire prepare ----------------------------------------------------------------------------
+
+
+def is_prepared(data: DataSettings) -> bool:
+    """Whether the settings name a prepared text: one address or path of an index.json, and nothing else."""
+    return len(data.named) == 1 and is_index(data.named[0])
+
+
+def with_its_tokenizer(settings: Settings, given: Container[str]) -> Settings:
+    """The settings with the tokenizer of a prepared text, unless one is `given` by flag, which is to be compared."""
+    if not is_prepared(settings.data):
+        return settings
+    own = {name: value for name, value in OWN.items() if name not in given}
+    return replace(settings, training=replace(settings.training, **own))  # type: ignore[arg-type]
+
+
+class PreparedText:
+    """A prepared text, found by its index. It has a tokenizer and a held-out part already."""
+
+    fixed = tuple(OWN)  # the settings that it has of itself
+
+    def __init__(self, data: DataSettings) -> None:
+        """Find it; a UserError where it is not there, or not what the settings want."""
+        (self.name,) = data.named
+        for field in fields(DataSettings):
+            if field.name not in ("text", "pairs", "cache_gigabytes") and getattr(data, field.name) != field.default:
+                flag = f"--{field.name.replace('_', '-')}"
+                raise UserError(f"{self.name} is prepared already: {flag} was for quire prepare. Leave it out.")
+        self.found = Published.at(self.name)
+        if data.pairs and not self.found.index["pairs"]:
+            raise UserError(f"{self.name} holds a text, not pairs. Name it without --pairs: quire train {self.name}")
+        if not data.pairs and self.found.index["pairs"]:
+            raise UserError(f"{self.name} holds pairs. Name it so: quire train --pairs {self.name}")
+        self.origins: list[Table] = [self.found.origin]
+        self.size = self.found.size
+
+    def close(self) -> None:
+        """Nothing was written."""
+
+    def prepared(self, settings: Settings) -> tuple[Settings, Prepared]:
+        """The settings with the tokenizer that made the tokens, and these; a UserError where another one is wanted."""
+        tokenizer, training = self.found.tokenizer, settings.training
+        wanted, size, own = training.tokenizer, training.vocabulary_size, tokenizer.vocabulary_size
+        fitted = wanted == AUTO or wanted in TOKENIZERS  # of others the size is theirs
+        same = wanted in (AUTO, tokenizer.kind) if fitted else spelled(load_tokenizer(wanted)) == spelled(tokenizer)
+        if not same or (fitted and size not in (0, own)):
+            asked = f"--tokenizer {wanted}" if not same else f"--vocabulary-size {size}"
+            raise UserError(
+                f"{self.name} was prepared with a tokenizer of its own ({tokenizer.kind}, {own:,} tokens), which is not"
+                f" {asked}. Leave that out, or prepare the text with it: quire prepare TEXT {asked} --out FOLDER"
+            )
+        training = replace(training, tokenizer=tokenizer.kind, vocabulary_size=own)
+        return replace(settings, training=training), self.found.prepared(settings.data.cache_gigabytes)
+
+
+def find_prepared(run: Run, settings: Settings, moved: tuple[str, ...]) -> TokenStream:
+    """The training tokens of a run on a prepared text, which may have moved; another one is refused."""
+    (origin,) = run.manifest["data"]
+    address = moved[0] if moved else origin["path"]
+    where = f"Say where it is now: quire resume {run.path} --data ADDRESS/{INDEX}"
+    try:
+        found = Published.at(address if is_index(address) else f"{address.rstrip('/')}/{INDEX}")
+        if found.sha256 == origin["sha256"]:
+            return found.training(settings.data.cache_gigabytes)
+    except UserError as error:
+        raise UserError(f"The prepared text of {run.path} cannot be read: {error} {where}") from error
+    raise UserError(
+        f"{address} is not the prepared text that {run.path} began with: its contents differ. {where}"
+        f" To train its model on another text: quire finetune {run.path} TEXT --run NEW"
+    )
+
+
+# ---- read ---------------------------------------------------------------------------------------------------------
 
 
 def read_texts(
@@ -86,6 +194,8 @@ def read_texts(
 def find_data(run: Run, settings: Settings, moved: tuple[str, ...]) -> TokenStream:
     """The run's training tokens: those in the cache, or from the text it began with; another text is refused."""
     manifest, kept = run.manifest, run.path / "data" / STANDARD_INPUT
+    if is_prepared(settings.data):
+        return find_prepared(run, settings, moved)
     looked_at = processes.local_rank() > 0  # by the first process of this machine
     if not moved and (looked_at or unchanged(manifest["data"], kept)):
         stream = opened(manifest.get("prepared", ""))

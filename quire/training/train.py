@@ -14,8 +14,10 @@ import torch
 import quire
 from quire import files, processes
 from quire.config import Table, write_checked_toml
+from quire.data.elsewhere import is_index
 from quire.data.pairs import Pairs
 from quire.data.prepare import Prepared
+from quire.data.shards import INDEX
 from quire.data.tasks import TASKS
 from quire.errors import UserError
 from quire.progress import say
@@ -300,7 +302,8 @@ def free_path(text: str) -> Path:
 
 def names_after(text: str) -> Iterator[Path]:
     """runs/NAME after a text, then NAME-2, NAME-3 ... without an end."""
-    bare = "standard-input" if text == "-" else re.sub(r"[?#].*", "", text.rstrip("/\\"))
+    named = text.removesuffix(INDEX) if is_index(text) else text  # a prepared text is called as its folder is
+    bare = "standard-input" if text == "-" else re.sub(r"[?#].*", "", named.rstrip("/\\"))
     stem = re.split(r"[/\\]", bare)[-1].split(".")[0] or Path(bare).resolve().name
     name = re.sub(r"[^\w-]+", "-", stem).strip("-") or "run"
     return (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))

@@ -1,14 +1,18 @@
 """The order of training: every token once an epoch, at a place that depends on nothing but the seed and the cursor."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.data.batches import Batch, Batches, Cursor, cut
+from quire.data.pairs import Pairs
 from quire.layers.cross_entropy import IGNORED
+from quire.training.distributed import World
 
 quick = settings(max_examples=60, deadline=None)
 lengths, contexts, seeds = st.integers(2, 60), st.integers(1, 17), st.integers(0, 1000)
@@ -100,3 +104,42 @@ def test_cut_fills_up_with_what_is_ignored():
     assert batch.targets.tolist() == [[6, 7, 8], [8, IGNORED, IGNORED]]
     assert batch.inputs.dtype == batch.targets.dtype == torch.int64
     assert batch.counted == 4
+
+
+# ---- shared by several processes ----
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_each_process_reads_only_its_part(size):
+    """Shares are disjoint, together they are the batch, and no token of another's is read."""
+
+    class Watched(np.ndarray):
+        read: set[int]
+
+        def __getitem__(self, place: Any) -> Any:
+            if isinstance(place, slice):
+                self.read.update(range(*place.indices(len(self))))
+            return np.asarray(super().__getitem__(place))
+
+    tokens = np.arange(1000)
+    after = Cursor(3, 100)
+    whole = Batches(tokens, 8, 1).take(after, 30)
+    inputs, reads = [], []
+    for rank in range(size):
+        watched = tokens.view(Watched)
+        watched.read = set()
+        cursor = Cursor(3, 100)
+        batch = Batches(watched, 8, 1).take(cursor, 30, World(rank, size).share(30))
+        assert batch.among == whole.counted and cursor == after
+        assert batch.counted == int((batch.targets >= 0).sum())
+        inputs.append(batch.inputs)
+        reads.append(watched.read)
+    assert torch.equal(torch.cat(inputs), whole.inputs)
+    assert max(map(len, reads)) <= 9 * -(-30 // size)  # of 1,000 tokens, those of its own windows
+
+
+def test_pairs_are_shared_too():
+    tokens = np.array([0, 1, 2, 0, 3, 0, 4, 0, 5, 6, 0, 7, 7, 0, 8])
+    whole = Pairs(tokens, 0, 8, 1, True).take(Cursor(), 3)
+    parts = [Pairs(tokens, 0, 8, 1, True).take(Cursor(), 3, World(rank, 2).share(3)) for rank in range(2)]
+    assert sum(part.counted for part in parts) == whole.counted == parts[0].among == parts[1].among

@@ -60,7 +60,7 @@ def test_nothing_is_lost_or_doubled(documents):
     assert all(training) and all(held_out)
     total, aside = len("".join(documents)), len("".join(held_out))
     assert aside <= max(total / 10, max(map(len, documents)) if len(documents) >= 20 else 0)
-    if "documents" in how:
+    if "document" in how:
         assert training + held_out == documents  # none is cut
         assert len(documents) >= 20 and held_out
         assert aside + len(training[-1]) > total / 10  # and none more would fit
