@@ -1,7 +1,7 @@
 """quire resume: continue a run."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -28,6 +28,7 @@ class Arguments:
     engine: str = ""  # autograd or manual, if it is to change
     device: str = ""  # another device than before
     threads: int = 0  # another number of CPU threads; results then differ in the last bits
+    parallel: Literal["", "ddp", "fsdp"] = ""  # under torchrun, if it is to change: copies of the model, or parts
     json: Switch = False  # print one JSON object on standard output at the end, and nothing else there
 
 
@@ -44,7 +45,7 @@ def run(words: list[str]) -> int:
     opened, data = Run(given.run), list(given.data)
     resume(
         opened, steps=given.steps, minutes=given.minutes, data=data, engine=given.engine, device=given.device,
-        threads=given.threads, began=BEGAN,
+        threads=given.threads, parallel=given.parallel, began=BEGAN,
     )  # fmt: skip
     return show_ending(opened, given.json)
 

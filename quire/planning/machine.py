@@ -47,7 +47,7 @@ def measured(settings: Settings, prepared: Prepared, device: torch.device, secon
     before, first = torch.get_num_threads(), reading()
     lengths = {"steps": 1_000_000, "epochs": 0.0, "tokens": 0, "minutes": 0.0}
     stages = settings.training.curriculum if len(settings.training.curriculum) == 1 else ()
-    training = replace(settings.training, **lengths, compile="no", curriculum=stages, decisions="")  # type: ignore[arg-type]
+    training = replace(settings.training, **lengths, compile="no", curriculum=stages, decisions="", parallel="ddp")  # type: ignore[arg-type]
     settings = replace(settings, training=training)
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), tempfile.TemporaryDirectory() as folder:

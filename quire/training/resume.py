@@ -33,6 +33,7 @@ def resume(
     engine: str = "",
     device: str = "",
     threads: int = 0,
+    parallel: str = "",
     began: float | None = None,
 ) -> Run:
     """Continue a run exactly where it stopped; a finished one trains `steps` or `minutes` more, if given.
@@ -44,7 +45,7 @@ def resume(
     if steps < 0 or minutes < 0 or (steps and minutes):
         raise UserError("Give --steps N or --minutes M, one of them, to train a finished run further.")
     with held(run, join(settings_of(run).timeout)):
-        trainer = reopened(run, data, engine=engine, device=device, threads=threads, began=began)
+        trainer = reopened(run, data, engine=engine, device=device, threads=threads, parallel=parallel, began=began)
         found = trainer.load()
         state = trainer.state
         if state.finished and not (steps or minutes):
@@ -120,7 +121,14 @@ def settings_of(run: Run) -> TrainingSettings:
 
 
 def reopened(
-    run: Run, data: Sequence[str] = (), *, engine: str = "", device: str = "", threads: int = 0, began: float = 0.0
+    run: Run,
+    data: Sequence[str] = (),
+    *,
+    engine: str = "",
+    device: str = "",
+    threads: int = 0,
+    parallel: str = "",
+    began: float = 0.0,
 ) -> Trainer:
     """A trainer for a run that exists, its checkpoint not loaded; the text must be the one it began with."""
     if run.imported:
@@ -136,6 +144,7 @@ def reopened(
         engine=engine or training.engine,
         device=device or training.device,
         threads=threads or training.threads,
+        parallel=parallel or training.parallel,  # type: ignore[arg-type]
     )
     settings = Settings(from_table(DataSettings, run.config.get("data", {}), "data"), run.settings, training)
     where, _ = prepare_machine(training)

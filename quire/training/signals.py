@@ -5,6 +5,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from quire import processes
+
 
 class Stopped(Exception):
     """Training was stopped by a signal after saving; `exit_code` is 130 for Ctrl-C and 143 for SIGTERM."""
@@ -15,7 +17,11 @@ class Stopped(Exception):
 
 
 class Signals:
-    """While entered, `received` is the first signal that came (else 0); a second Ctrl-C interrupts at once."""
+    """While entered, `received` is the first signal that came (else 0); a second Ctrl-C interrupts at once.
+
+    Under torchrun nothing more than the first is heeded: what reaches a process there reaches torchrun too, which then
+    sends it again.
+    """
 
     def __init__(self) -> None:
         self.received = 0
@@ -28,9 +34,9 @@ class Signals:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if self.received and number == signal.SIGINT and not processes.launched():
             raise KeyboardInterrupt
-        self.received = number
+        self.received = self.received or number
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

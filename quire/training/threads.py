@@ -91,7 +91,7 @@ def find_threads(trainer: "Trainer") -> Measured:
     import torch
 
     seconds = 60 * trainer.state.minutes
-    if trainer.device.type != "cpu" or not seconds or seconds < TRIED_SECONDS:
+    if trainer.device.type != "cpu" or trainer.sharded or not seconds or seconds < TRIED_SECONDS:
         return Measured(torch.get_num_threads(), {})
     state, trainer.state = trainer.state, copy.deepcopy(trainer.state)
     model = {name: tensor.clone() for name, tensor in checkpoint.model_tensors(trainer.model).items()}
@@ -114,7 +114,11 @@ def prepare_machine(training: TrainingSettings) -> "tuple[torch.device, int]":
     if sentence := unused_card():
         say(sentence, "yellow")
     keep_freed_memory()
-    return device, set_threads(training.threads or max(1, usable_cores() // processes.local_size()))
+    threads = training.threads
+    if (beside := processes.local_size()) > 1:
+        own = max(1, usable_cores() // beside)
+        threads = min(threads, own) or own
+    return device, set_threads(threads)
 
 
 # ---- contention ---------------------------------------------------------------------------------------------------
