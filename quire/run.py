@@ -49,9 +49,9 @@ class Run:
     ) -> "Run":
         """Make the directory with everything but a checkpoint; one that exists is refused, never overwritten.
 
-        An imported model comes along as `model`, and becomes the checkpoint `best`; it has no held-out text. `kept` are
-        further files by name, `counts` what was counted in the training text. config.toml comes last: a directory that
-        has it is a whole run.
+        An imported model comes along as `model`, and becomes the checkpoint `best`; few have a held-out text. `kept`
+        are further files by name, `counts` what was counted in the training text. config.toml comes last: a directory
+        that has it is a whole run.
         """
         refuse_existing(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ class Run:
 
     @property
     def imported(self) -> bool:
-        """Whether its model came from another program: then it has no training text, held-out text or metrics."""
+        """Whether its model came from another program: without training text and metrics, seldom with held-out text."""
         return "imported_from" in self.manifest
 
     @property
@@ -113,7 +113,7 @@ class Run:
         """The held-out tokens, a separator first."""
         path = self.path / "data" / "validation.bin"
         text = self.text_argument
-        if self.imported:
+        if self.imported and "validation" not in self.manifest:
             raise UserError(
                 f"{self.path} was imported, without a held-out text. Name one: quire evaluate {self.path} {text}"
             )

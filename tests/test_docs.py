@@ -14,7 +14,7 @@ from quire.data.reading import DataSettings, read
 from quire.errors import UserError
 from quire.models import MODELS
 from quire.models.stack import STACK
-from quire.tokenizers import TOKENIZERS
+from quire.tokenizers import KNOWN, TOKENIZERS, CharacterTokenizer
 from quire.training.optimizers import OPTIMIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,6 +107,22 @@ def test_engines(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError):  # the page's checks notice a wrong sign
         wrong = blocks(ROOT / "docs" / "engines.md", "python")[:2]
         exec("\n".join(wrong).replace("(s + self", "(s - self"), {"__name__": "engines_page"})
+
+
+def test_lightning(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning as docs/neighbours.md shows it, smaller; the tokenizer of GPT-2 is played by one of as many letters."""
+    letters = CharacterTokenizer("".join(map(chr, range(10, 10 + 50257 - 2))))
+    monkeypatch.setitem(KNOWN, "gpt2", lambda: letters)
+    codes = blocks(ROOT / "docs" / "neighbours.md", "python")
+    assert len(codes) == 2
+    for old, new in [("max_len=1024", "max_len=16"), ("emb_dim=768", "emb_dim=8"), ("model_dim=768", "model_dim=8"),
+                     ("layers=12", "layers=1"), ("heads=12", "heads=2"), ("max_steps=600_000", "max_steps=2"),
+                     ("max_steps=200", "max_steps=2"), ('"layers": 2', '"layers": 1')]:  # fmt: skip
+        assert sum(old in code for code in codes) == 1, old
+        codes = [code.replace(old, new) for code in codes]
+    for code in codes:
+        exec(compile(code, "docs/neighbours.md", "exec"), {})
+    assert call(["evaluate", "runs/book", "--device", "cpu"]) == 0
 
 
 def test_extending_corpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ Windows of the context length stand side by side, so that most tokens are predic
 That is the number other tools report; overlapping windows (a stride) give a lower one, and are named where used.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -41,13 +41,7 @@ def total_loss(
     `most_batches` leaves the rest of the tokens out. A `share` (r, n) is what the process r of n measures: every n-th
     batch. All of them call the model equally often, as one whose parts they hold wants it.
     """
-    most = TOKENS if device.type == "cpu" else GPU_TOKENS
-    if isinstance(tokens, Pairs):
-        if stride is not None:
-            raise UserError("--stride is for windows of a text. Leave it out: pairs are predicted whole.")
-        batches: Iterable[Batch] = tokens.whole(min(most, LOGITS // vocabulary_size))
-    else:
-        batches = windows(tokens, context_length, vocabulary_size, stride, most)
+    batches = held_out_batches(tokens, context_length, vocabulary_size, device, stride)
     was_training = model.training
     model.eval()
     losses, counts, pieces = [], [], 1  # in so many pieces each batch: more of them where memory runs out
@@ -66,6 +60,18 @@ def total_loss(
     model.train(was_training)
     means = torch.stack(losses).tolist() if losses else []  # read here once: a GPU is not waited for after each batch
     return sum((mean * count for mean, count in zip(means, counts, strict=True)), 0.0), sum(counts)
+
+
+def held_out_batches(
+    tokens: Examples, context_length: int, vocabulary_size: int, device: torch.device, stride: int | None = None
+) -> Iterator[Batch]:
+    """What a loss is summed over, in batches that suit the device: windows of a stream, or pairs."""
+    most = TOKENS if device.type == "cpu" else GPU_TOKENS
+    if not isinstance(tokens, Pairs):
+        return windows(tokens, context_length, vocabulary_size, stride, most)
+    if stride is not None:
+        raise UserError("--stride is for windows of a text. Leave it out: pairs are predicted whole.")
+    return tokens.whole(min(most, LOGITS // vocabulary_size))
 
 
 def _losses(model: Any, batch: Batch, pieces: int, device: torch.device) -> tuple[list[Tensor], list[int]] | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from quire.errors import UserError, choose, nearest
-from quire.interop import gguf, gguf_export, hugging_face, json_file, llama2c, onnx
+from quire.interop import gguf, gguf_export, hugging_face, json_file, lightning_runs, llama2c, onnx
 from quire.interop.imported import Foreign, Importer, create
 from quire.interop.pretrained import PRETRAINED
 from quire.run import Run, refuse_existing
@@ -18,6 +18,7 @@ IMPORTERS: dict[str, Importer] = {
     "gguf": Importer(gguf.recognizes, gguf.read),
     "llama2c": Importer(llama2c.recognizes, llama2c.read),
     "json": Importer(json_file.recognizes, json_file.read),
+    "lightning": Importer(lightning_runs.recognizes, lightning_runs.read),
 }
 
 # Each writes a run's best model to a path that does not exist yet; the text is --type, "" for the usual one.
@@ -29,7 +30,10 @@ EXPORTERS: dict[str, Callable[[Run, Path, str], None]] = {
 }
 
 # What can be imported, for sentences.
-KINDS = "a Hugging Face folder, a .gguf file, a llama2.c .bin file or Quire's own .json"
+KINDS = (
+    "a Hugging Face folder, a .gguf file, a llama2.c .bin file, a Lightning .ckpt of Quire's LanguageModel or Quire's"
+    " own .json"
+)
 
 
 def import_model(

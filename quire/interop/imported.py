@@ -1,4 +1,4 @@
-"""From a foreign model to a run directory: a run like any other, but without text, held-out text and metrics."""
+"""From a foreign model to a run directory: a run like any other, without text and metrics, few with held-out text."""
 
 import shutil
 import time
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from quire import checkpoint, files
 from quire.config import Table, from_table, to_table
 from quire.devices import memory_bytes
 from quire.errors import UserError
+from quire.layers.kneser_ney import KneserNey
 from quire.models import MODELS
 from quire.progress import bar, say
 from quire.run import Run, empty_model, refuse_existing
@@ -42,6 +44,10 @@ class Foreign:
     origin: Table  # format, path, bytes, sha256
     prompt_prefix: list[int] = field(default_factory=list)  # tokens before every prompt, as the model was trained
     notes: Table = field(default_factory=dict)  # for the manifest: name, licence, attribution, chat_template
+    training: Table | None = None  # settings that it was trained with; None: not known, and gentle ones are taken
+    data: Table = field(default_factory=dict)  # settings by which its text was read
+    validation: np.ndarray | None = None  # held-out tokens, with "validation" in the notes
+    counts: KneserNey | None = None  # of its training text
 
 
 def halves(weight: Tensor, size: int) -> Tensor:
@@ -76,11 +82,12 @@ def create(foreign: Foreign, path: Path, context_length: int = 0) -> Run:
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     check_room(path, size)
     fill(model, foreign)
-    config = {"model": to_table(typed), "training": to_table(training_settings(foreign))}
-    tensors = checkpoint.model_tensors(model)
+    training = foreign.training or to_table(training_settings(foreign))
+    config = {**({"data": foreign.data} if foreign.data else {}), "model": to_table(typed), "training": training}
+    tensors, about = checkpoint.model_tensors(model), manifest(foreign)
 
     def write(folder: Path) -> None:
-        Run.create(folder, config, foreign.tokenizer, manifest(foreign), None, {}, tensors)
+        Run.create(folder, config, foreign.tokenizer, about, foreign.validation, {}, tensors, foreign.counts)
 
     try:
         files.replace_folder(path, write)

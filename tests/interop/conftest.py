@@ -1,6 +1,7 @@
 """Little models of random weights: as runs of Quire's, and as transformers makes them."""
 
 import dataclasses
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,15 @@ def random_run(tmp_path: Path, byte_bpe: ByteBPETokenizer) -> Callable[..., Run]
 def characters() -> CharacterTokenizer:
     """The characters of that text."""
     return CharacterTokenizer.train([TEXT])
+
+
+@pytest.fixture
+def text_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the text.txt of exercise_lightning.py."""
+    runpy.run_path(str(Path(__file__).with_name("exercise_lightning.py")))["write_text"](tmp_path)
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    return tmp_path
 
 
 def logits(run: Run, ids: list[int]) -> torch.Tensor:

@@ -1,0 +1,341 @@
+"""Any Quire model as a LightningModule: loss, optimizer and schedule, what it logs, what its checkpoints hold."""
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from quire.config import Table, to_table
+from quire.data.batches import Batch
+from quire.devices import generators
+from quire.errors import UserError
+from quire.evaluation.evaluate import bits_per_byte
+from quire.interop.lightning_data import TextData
+from quire.interop.lightning_runs import (
+    GPT2_SEPARATOR,
+    GPT2_VOCABULARY,
+    KEY,
+    PREFIX,
+    Kept,
+    check,
+    counts_of,
+    tables_of,
+)
+from quire.layers.cross_entropy import IGNORED
+from quire.layers.layer import Block
+from quire.layers.ngram_embedding import NgramEmbedding
+from quire.models import ModelSettings, build_model
+from quire.training.eager import Eager
+from quire.training.optimizers import OPTIMIZERS, Optimizers, set_learning_rates, split_tables
+from quire.training.schedules import SCHEDULES, warmed_up
+from quire.training.settings import LENGTHS, TrainingSettings, layered, typed
+
+
+class LanguageModel(pl.LightningModule):
+    """Any Quire model for Lightning's Trainer.
+
+    A batch is what TextData gives, or that of any other loader: (tokens, targets), a dictionary of "tokens", "targets"
+    and, for a model with an encoder, "source", or a quire Batch; int64, (B, T). Every target but IGNORED weighs the
+    same, also where the processes of a training have different numbers of them.
+
+    Logs loss, perplexity, learning_rate and gradient_norm of each step, and of each validation validation_loss,
+    validation_perplexity and, on a TextData, validation_bits_per_byte.
+    """
+
+    def __init__(
+        self,
+        model: ModelSettings | Table,
+        training: TrainingSettings | Table | None = None,
+        hyperparameters: Table | None = None,
+    ) -> None:
+        """`model` is of any kind in MODELS, with its vocabulary_size: see TextData.fitted. Of `training` what makes the
+        weights and the steps counts: seed, optimizer, its rates, decays and momentum, the schedule (over `steps`; 0: as
+        many as the Trainer makes), gradient_clip (where the Trainer has no gradient_clip_val), gradient_checkpointing;
+        the rest is the Trainer's. `hyperparameters` are what a subclass is built from again."""
+        super().__init__()
+        tables = {"model": plain(model), "training": plain(training or TrainingSettings())}
+        self.whole = typed(tables)
+        self.save_hyperparameters(hyperparameters or tables)
+        check_settings(self.settings, self.training_settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.training_settings.seed)
+            self.model = build_model(self.settings)
+        for module in self.model.modules():
+            if isinstance(module, Block):
+                module.recomputed = self.training_settings.gradient_checkpointing
+        self.kept = Kept()
+        self.drawn: dict[str, Tensor] = {}  # random generators of a checkpoint: (processes, state), by kind
+        self.losses: list[Tensor] = []  # of the batches of the step
+        self.held_out: list[tuple[Tensor, Tensor]] = []  # loss and tokens of each batch of the held-out text
+
+    @property
+    def settings(self) -> ModelSettings:
+        """The model's settings."""
+        return self.whole.model
+
+    @property
+    def training_settings(self) -> TrainingSettings:
+        """How it is trained."""
+        return self.whole.training
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, **more: Any) -> Tensor:
+        """Logits (B, T, V) of `tokens` (B, T), or the mean loss where targets are given."""
+        return self.model(tokens, targets, **more)
+
+    # ---- training ----
+
+    def setup(self, stage: str) -> None:
+        """Learn of the text what a run of this model will need to know."""
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and isinstance(data, TextData):
+            self.kept = data.kept(self.kept)
+            if hasattr(self.model, "counts") and self.model.counts is None:
+                counted = self.settings.count(data.loaded[0].training)
+                self.model.counts = counts_of(self.settings, counted.tables() if counted is not None else {})
+        for module in self.model.modules():
+            if isinstance(module, NgramEmbedding):
+                module.sparse = self.trainer.world_size == 1  # DDP takes sparse gradients of torch's own layers alone
+
+    def on_fit_start(self) -> None:
+        """Seed what dropout and loaders draw from, or put back to where a checkpoint had drawn."""
+        torch.manual_seed(self.training_settings.seed + self.global_rank)
+        known = self.drawn if self.trainer.ckpt_path is not None else {}
+        for kind, (_, put) in generators(self.device).items():
+            if self.global_rank < len(known.get(kind, ())):
+                put(known[kind][self.global_rank].clone())  # of a row of others torch would read another one, or crash
+        self.losses = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch, weighted so that the mean over processes is that over all tokens."""
+        arguments, weight = taken(batch)
+        loss = self.model(**arguments)
+        if weight is None and self.trainer.world_size > 1:
+            own = (arguments["targets"] != IGNORED).sum().float()
+            total = self.trainer.strategy.reduce(own.clone(), reduce_op="sum")
+            weight = own * self.trainer.world_size / total.clamp(min=1)
+        if weight is not None:
+            loss = loss * weight
+        self.losses.append(loss.detach())
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient as Quire does, all of it but n-gram tables at once, and log the step."""
+        limit = self.training_settings.gradient_clip if gradient_clip_val is None else gradient_clip_val
+        by_value = gradient_clip_algorithm == "value"
+        _, clipped = split_tables(self.model)
+        norm = nn.utils.clip_grad_norm_(clipped, math.inf if by_value else limit or math.inf)
+        if by_value and limit:
+            nn.utils.clip_grad_value_(clipped, limit)
+        loss = self.trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean")
+        self.losses = []
+        peak, groups = self.training_settings.learning_rate, optimizer.param_groups
+        rate = next((group["lr"] for group in groups if group["peak"] == peak), groups[0]["lr"])
+        self.log("loss", loss, prog_bar=True)
+        self.log("perplexity", loss.exp())
+        self.log("learning_rate", rate)
+        self.log("gradient_norm", norm)
+
+    def configure_optimizers(self) -> Any:
+        """Quire's optimizer, and its schedule step by step."""
+        training = self.training_settings
+        schedule, floor = SCHEDULES[training.schedule], training.decay_floor
+        if not training.steps and self.trainer.max_steps == self.trainer.max_epochs == -1:
+            raise UserError("Say how long the learning rate's schedule is: Trainer(max_steps=N), or training steps=N.")
+
+        @cache
+        def steps() -> float:  # asked for only when there are loaders: to make them early would draw early too
+            return training.steps or self.trainer.estimated_stepping_batches
+
+        def share(step: int) -> float:
+            progress = step / steps() if step else 0.0
+            return warmed_up(schedule, step, training.warmup_steps, progress, floor, training.decay_share)
+
+        parts = OPTIMIZERS[training.optimizer](self.model, training)
+        set_learning_rates(parts, 1.0)
+        optimizer = Together(parts)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ---- validation ----
+
+    def on_validation_epoch_start(self) -> None:
+        """Nothing is measured yet."""
+        self.held_out = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """The mean loss of a batch, and its tokens."""
+        arguments, _ = taken(batch)
+        self.held_out.append((self.model(**arguments), (arguments["targets"] != IGNORED).sum()))
+
+    def on_validation_epoch_end(self) -> None:
+        """The loss over all tokens of all processes."""
+        found = [(float(mean), int(count)) for mean, count in self.held_out]
+        total, count = sum(mean * count for mean, count in found), sum(count for _, count in found)
+        if self.trainer.world_size > 1:
+            sums = torch.tensor([total, count], dtype=torch.float64, device=self.device)
+            total, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        if not count:
+            return
+        self.log("validation_loss", total / count, prog_bar=True, sync_dist=True)  # it is the same in every process
+        self.log("validation_perplexity", math.exp(min(total / count, 700)), sync_dist=True)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, TextData) and count == data.predictions:  # the bytes are those of all of it
+            self.log("validation_bits_per_byte", bits_per_byte(total, data.validation_bytes), sync_dist=True)
+
+    # ---- checkpoints ----
+
+    def on_save_checkpoint(self, checkpoint: Table) -> None:
+        """Add what Quire needs; a tied weight is there once."""
+        for alias in aliases(self.model):
+            checkpoint["state_dict"].pop(PREFIX + alias, None)  # some strategies gather it in one process alone
+        states = {kind: state.to(self.device) for kind, (state, _) in generators(self.device).items()}
+        drawn = {
+            kind: self.trainer.strategy.all_gather(state).reshape(-1, len(state)).cpu()
+            for kind, state in states.items()
+        }
+        checkpoint[KEY] = {**tables_of(self.whole, self.kept, self.model), "random": drawn}
+
+    def on_load_checkpoint(self, checkpoint: Table) -> None:
+        """The inverse."""
+        state = checkpoint["state_dict"]
+        for alias, name in aliases(self.model).items():
+            if PREFIX + name in state:
+                state[PREFIX + alias] = state[PREFIX + name]
+        if KEY in checkpoint:
+            about = checkpoint[KEY]
+            self.kept, self.drawn = Kept.from_table(about), about["random"]
+            if about["counts"]:
+                self.model.counts = counts_of(self.settings, about["counts"])
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **more: Any) -> "LanguageModel":
+        """The model of a checkpoint that Lightning wrote: of tensors and plain values only, and checked where it is a
+        file. Further arguments are those of LightningModule.load_from_checkpoint."""
+        if isinstance(checkpoint_path, (str, Path)):
+            check(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *arguments, **{**more, "weights_only": True})
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Further names of tied weights, each with the first one."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in every if name != first[id(parameter)]}
+
+
+def plain(settings: Any) -> Table:
+    """Settings as a table."""
+    return settings if isinstance(settings, dict) else to_table(settings)
+
+
+def check_settings(model: ModelSettings, training: TrainingSettings) -> None:
+    """Refuse settings with which Lightning cannot train, or that it would pass over."""
+    if model.vocabulary_size < 1 or (model.separate_documents and model.separator < 0):
+        raise UserError(
+            "The model's vocabulary_size and separator follow from the tokenizer of its text. Take them from there:"
+            " LanguageModel(data.fitted(settings)) with data = TextData(...)."
+        )
+    if training.engine != "autograd":
+        raise UserError(f"Lightning trains by autograd. For the engine {training.engine} take quire.train.")
+    if training.curriculum:
+        raise UserError("A curriculum needs Quire's own loop: take quire.train, or leave curriculum out.")
+    if given := [name for name in LENGTHS if name != "steps" and getattr(training, name)]:
+        raise UserError(
+            f"Lightning's Trainer says how long to train, not {given[0]}: Trainer(max_steps=N), max_epochs or max_time."
+        )
+
+
+def taken(batch: Any) -> tuple[dict[str, Tensor], Any]:
+    """What the model is called with, and the weight of the loss where the batch says it."""
+    if isinstance(batch, Batch):
+        return batch.arguments(), None
+    if isinstance(batch, Mapping) and {"tokens", "targets"} <= set(batch):
+        return {name: batch[name] for name in ("tokens", "targets", "source") if name in batch}, batch.get("weight")
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        return {"tokens": batch[0], "targets": batch[1]}, None
+    raise UserError(
+        "A batch must be (tokens, targets), a dictionary of these two, or a quire Batch, of integers (B, T); the loader"
+        f" gives a {type(batch).__name__}."
+    )
+
+
+class Together(Eager):
+    """The optimizers that share a model's parameters between them, as one: Lightning's loop takes a single one."""
+
+    def __init__(self, parts: Optimizers) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        self.share_out()
+
+    def share_out(self) -> None:
+        """Let each part work on these very groups and states."""
+        begin = 0
+        for part in self.parts:
+            end = begin + len(part.param_groups)
+            part.param_groups, part.state, begin = self.param_groups[begin:end], self.state, end
+
+    def load_state_dict(self, state_dict: Table) -> None:
+        """As any optimizer's, which makes new groups."""
+        super().load_state_dict(state_dict)
+        self.share_out()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """A step of each; `closure` computes the gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+class GPT2(LanguageModel):
+    """GPT-2 and the recipe of the preset gpt2: 124 million parameters; a cosine over 600,000 steps, the first 2,000 of
+    them to warm up, down to a tenth."""
+
+    def __init__(
+        self,
+        max_len: int = 1024,
+        emb_dim: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        model_dim: int | None = None,
+        vocab_size: int = GPT2_VOCABULARY,
+        weight_decay: float = 0.1,
+        dropout: float = 0.0,
+        **training: Any,
+    ) -> None:
+        """Context length, width of the embeddings, blocks, heads of each, width of the blocks (that of the embeddings),
+        tokens (50,257: GPT-2's tokenizer), decay of matrices, dropout; `training` are fields of TrainingSettings, for
+        example learning_rate, warmup_steps, steps (of the schedule), seed."""
+        if model_dim not in (None, emb_dim):
+            raise UserError(
+                f"model_dim {model_dim} is not emb_dim {emb_dim}: the blocks of GPT-2 are as wide as its embeddings."
+                " Give both the same number, or leave model_dim out."
+            )
+        model = {
+            "vocabulary_size": vocab_size,
+            "context_length": max_len,
+            "embedding_size": emb_dim,
+            "layers": num_layers,
+            "heads": num_heads,
+            "dropout": dropout,
+            "separator": GPT2_SEPARATOR if vocab_size == GPT2_VOCABULARY else -1,
+        }
+        tables = layered("gpt2", None, {"model": model, "training": {"weight_decay": weight_decay, **training}})
+        arguments = {"max_len": max_len, "emb_dim": emb_dim, "num_layers": num_layers, "num_heads": num_heads,
+                     "model_dim": emb_dim, "vocab_size": vocab_size, "weight_decay": weight_decay,
+                     "dropout": dropout, **training}  # fmt: skip
+        super().__init__(tables["model"], tables["training"], arguments)

@@ -1,0 +1,98 @@
+"""Trainings by Lightning's Trainer: `python exercise_lightning.py FOLDER PROCESSES` does `main` on so many processes.
+
+FOLDER has text.txt. Each training leaves the folder NAME there, with its logs, and its last checkpoint as NAME.ckpt.
+"""
+
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from quire.interop.lightning import LanguageModel, TextData, Trainer
+from quire.layers.cross_entropy import IGNORED
+from quire.models import ModelSettings
+from quire.models.gpt import GPTSettings
+from quire.models.ngram import NgramSettings
+
+STEPS, STOP = 9, 4  # an epoch of text.txt has 6
+SHAPE = {"layers": 1, "embedding_size": 16, "heads": 2, "context_length": 16}
+TRAINING = {"warmup_steps": 3, "learning_rate": 0.01, "steps": STEPS}
+BATCH = 3
+
+
+def write_text(folder: Path) -> Path:
+    """A text of 600 characters, of which 540 are trained on: 34 windows."""
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefgh", k=generator.randint(2, 6))) for _ in range(40)]
+    path = folder / "text.txt"
+    path.write_text(" ".join(generator.choices(words, k=200))[:600])
+    return path
+
+
+def fitted(
+    folder: Path,
+    name: str,
+    processes: int = 1,
+    *,
+    model: ModelSettings | None = None,
+    dropout: float = 0.1,
+    training: dict[str, Any] | None = None,
+    loader: DataLoader[Any] | None = None,
+    ckpt_path: str | None = None,
+    kind: type[pl.Trainer] = Trainer,
+    **arguments: Any,
+) -> pl.Trainer:
+    """A training of a tiny model on text.txt, or on what `loader` gives."""
+    data = TextData(str(folder / "text.txt"), tokenizer="character", batch_size=BATCH)
+    settings = data.fitted(model or GPTSettings(**SHAPE, dropout=dropout))
+    module = LanguageModel(settings, {**TRAINING, **(training or {})})
+    own = {"accumulate_grad_batches": 2, "log_every_n_steps": 1, "num_sanity_val_steps": 1, "max_steps": STEPS}
+    own |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder / name}
+    own |= {"accelerator": "cpu", "devices": processes, "strategy": "ddp" if processes > 1 else "auto"}
+    trainer = kind(**{**own, **arguments})
+    trainer.fit(module, loader or data, ckpt_path=ckpt_path)
+    trainer.save_checkpoint(folder / f"{name}.ckpt")
+    return trainer
+
+
+def stopped_and_resumed(folder: Path, name: str, processes: int = 1, stop: int = STOP, **options: Any) -> None:
+    """The same training, stopped after some steps, and resumed from the checkpoint that the Trainer left."""
+    first = fitted(folder, f"{name}-first", processes, **options, max_steps=stop)
+    assert first.checkpoint_callback is not None
+    fitted(folder, name, processes, **options, ckpt_path=first.checkpoint_callback.best_model_path)
+
+
+def ragged(processes: int) -> DataLoader[Any]:
+    """A plain loader of rows of which very different shares are targets; four at a time in all processes together."""
+    tokens = torch.randint(9, (16, 17), generator=torch.Generator().manual_seed(1))
+    rows = []
+    for number, row in enumerate(tokens):
+        targets = row[1:].clone()
+        targets[1 + number % 15 :] = IGNORED
+        rows.append((row[:-1], targets))
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    sampler = DistributedSampler(rows, num_replicas=processes, rank=rank, shuffle=False)  # type: ignore[arg-type]
+    return DataLoader(rows, batch_size=4 // processes, sampler=sampler)  # type: ignore[arg-type]
+
+
+def curves(folder: Path, processes: int) -> None:
+    """What must not depend on the number of processes."""
+    fitted(folder, "curve", processes, dropout=0.0)
+    fitted(folder, "ngram", processes, model=NgramSettings(kind="ngram", **SHAPE, ngram_rows=64), max_steps=3)
+    fitted(folder, "ragged", processes, dropout=0.0, loader=ragged(processes), max_steps=3, accumulate_grad_batches=1)
+
+
+def main(folder: Path, processes: int) -> None:
+    """All that is compared."""
+    curves(folder, processes)
+    fitted(folder, "whole", processes)
+    stopped_and_resumed(folder, "parts", processes)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
