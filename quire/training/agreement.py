@@ -38,6 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "adamw, ddp, by hand": {"engine": "manual"},
     "adamw, fsdp": {"parallel": "fsdp"},
     "adamw, fsdp, accumulated": {"parallel": "fsdp", "accumulation_steps": 2},
+    "adamw, fsdp, recomputed": {"parallel": "fsdp", "gradient_checkpointing": True},
 }  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def agreements(world: World, device: torch.device, steps: int = STEPS) -> list[A
         for name, way in WAYS.items():
             rows = 3 * world.size + 1 if name.endswith("unequal shares") else ROWS
             settings = replace(base, batch_size=rows, **way)
-            single = replace(settings, parallel="ddp", engine="autograd")
+            single = replace(settings, parallel="ddp", engine="autograd", gradient_checkpointing=False)
             if single not in alone:
                 alone[single], _ = trained(run, single, tokens, device, ALONE, steps)
             together, checksum = trained(run, settings, tokens, device, world, steps)

@@ -193,8 +193,8 @@ def join(timeout: float) -> World:
         return ALONE
     store = processes.store()
     rank, size = processes.rank(), processes.world_size()
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    waiting = timedelta(seconds=timeout)
+    distributed.init_process_group(backend(), store=store, rank=rank, world_size=size, timeout=waiting)
     store.set(f"name/{rank}", f"pid {os.getpid()} on {platform.node()}")
     atexit.register(leave)
     return World(rank, size)
@@ -203,8 +203,13 @@ def join(timeout: float) -> World:
 def alone() -> None:
     """Make this process a group of one, where it was not launched among others: sharding needs a group."""
     if not distributed.is_initialized():
-        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        distributed.init_process_group(backend(), store=distributed.HashStore(), rank=0, world_size=1)
         atexit.register(leave)
+
+
+def backend() -> str:
+    """How processes speak: tensors on CPUs by gloo, on GPUs by nccl."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def leave() -> None:
@@ -214,16 +219,18 @@ def leave() -> None:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device of this process: where a machine has several GPUs, each process takes the one of its number."""
-    if device.type != "cuda" or processes.local_size() == 1:
+    """The device of this process: of a machine's GPUs each process takes the one of its number."""
+    if device.type == "cpu" or not processes.launched():
         return device
     number, size, cards = processes.local_rank(), processes.local_size(), torch.cuda.device_count()
-    if device.index is not None:
+    if device.type != "cuda":
+        raise UserError("Several processes train on CPUs or on NVIDIA's GPUs: give --device cpu.")
+    if device.index is not None and size > 1:
         raise UserError("Several processes take a GPU each: leave the number out of --device.")
     if number >= cards:
         raise UserError(
             f"There are {size} processes on this machine, and {cards} GPU{'s' * (cards != 1)}: start it with"
             f" --nproc-per-node {cards}, or take --device cpu."
         )
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+    torch.cuda.set_device(number if device.index is None else device.index)
+    return torch.device("cuda", torch.cuda.current_device())

@@ -15,6 +15,7 @@ training goes on, and read by any number of processes, or by one that knows noth
 
 import json
 import time
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import distributed, nn
 
 from quire import checkpoint, files, processes
 from quire.errors import UserError
+from quire.layers.cross_attention import CrossAttention
 from quire.layers.layer import Block
 from quire.layers.ngram_embedding import NgramEmbedding
 from quire.training.distributed import LOOKING, World, alone
@@ -45,9 +47,14 @@ def shard(model: nn.Module, world: World, precision: Precision) -> Any:
     low = None if precision.dtype is torch.float32 else precision.dtype
     sums = torch.float32 if low else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=sums, cast_forward_inputs=False)
-    for module in model.modules():
-        if isinstance(module, Block):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+    apart = [
+        part for module in model.modules() if isinstance(module, CrossAttention) for part in (module.key, module.value)
+    ]
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    if apart:  # whose results nobody changes in place
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    for module in (*apart, *blocks):  # what a block calls before it: a cache is filled with keys and values alone
+        fully_shard(module, mesh=mesh, mp_policy=policy)
     sharded: Any = fully_shard(model, mesh=mesh, mp_policy=policy)
     sharded.register_forward_hook(let_go)  # after FSDP's own
     return sharded

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -153,6 +154,12 @@ def test_a_sharded_training_resumes_to_the_same_bits(found):
         assert process["sharded"]["unlike the beginning"]
 
 
+def test_parts_are_gathered_in_bfloat16(found):
+    """With recomputed blocks: near the copies' losses in bfloat16, which are near those in float32 too."""
+    for process in found:
+        assert process["sharded"]["half"]["fsdp"] == pytest.approx(process["sharded"]["half"]["ddp"], rel=0.01)
+
+
 def test_shards_are_read_by_who_knows_nothing_of_them(folder, found):
     """One process loads, measures and trains on what two have written in parts, and the other way round."""
     run, written = Run(folder / "sharded"), found[0]["sharded"]["weights"]
@@ -180,6 +187,24 @@ def test_one_process_shards_for_itself(lab):
         torch.testing.assert_close(tensor, plain.checkpoint().model[name])
     resumed = resume(run, steps=3)
     assert resumed.metrics()[-1]["step"] == 15
+
+
+@pytest.mark.parametrize(
+    ("preset", "model", "data"),
+    [
+        ("lstm", {"embedding_size": 16, "context_length": 16, "layers": 1}, {}),
+        ("stack-mixed", {"context_length": 16}, {}),
+        ("transformer-base", {**SMALL, "context_length": 32, "feedforward_size": 32}, {"pairs": "pairs.tsv"}),
+    ],
+)
+def test_other_kinds_of_model_can_be_sharded(lab, preset, model, data):
+    """They train, measure, write, are saved and go on."""
+    (lab.folder / "pairs.tsv").write_text("".join(f"owl {i}\towls {i % 7}\n" for i in range(100)))
+    texts = [] if data else [str(lab.text)]
+    few = {"steps": 2, "batch_size": 2, "optimizer": "adamw", "sample_tokens": 5, "threads": 1, "device": "cpu"}
+    run = quire.train(*texts, run=lab.folder / "run", preset=preset, model=model, data=data, parallel="fsdp", **few)
+    assert resume(run, steps=2).metrics()[-1]["step"] == 4
+    assert (run.path / "samples.md").read_text().count("## Step") >= 2
 
 
 # ---- faults ----
@@ -293,7 +318,7 @@ def sharded(folder: Path, world: World) -> dict[str, Any]:
     weights: dict[str, Any] = {}
 
     def trainer(parallel: str = "fsdp") -> Trainer:
-        made = Trainer(run, TrainingSettings(**{**vars(settings), "parallel": parallel}), tokens, CPU, time.time())
+        made = Trainer(run, replace(settings, parallel=parallel), tokens, CPU, time.time())
         made.begin()
         made.wrap_model()
         return made
@@ -322,7 +347,11 @@ def sharded(folder: Path, world: World) -> dict[str, Any]:
     for _ in range(3):
         straight.update()
         resumed.update()
-    result = {"weights": {n: w for n, w in weights.items() if not n.startswith("optimizer")},
+    half = {}
+    for parallel in ("ddp", "fsdp"):
+        low = {"parallel": parallel, "precision": "bfloat16", "gradient_checkpointing": True}
+        half[parallel], _ = agreement.trained(run, replace(settings, **low), tokens, CPU, world, 6)
+    result = {"half": half, "weights": {n: w for n, w in weights.items() if not n.startswith("optimizer")},
               "resumed": differing(whole(straight), whole(resumed)),
               "unlike the beginning": bool(differing(beginning, whole(straight)))}  # fmt: skip
     ordinary = trainer("ddp")
