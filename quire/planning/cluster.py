@@ -239,13 +239,13 @@ class Cluster:
     def buffers(self, parallel: str) -> int:
         """Bytes that the exchange needs beside parameters and gradients.
 
-        ddp: buckets with every gradient. fsdp: two blocks (one ahead) and what is beside the blocks, gathered in
+        ddp: none, since gradients lie in its buckets. fsdp: two blocks (one ahead) and what is beside the blocks, gathered in
         bfloat16; the gradients of one block and of what is beside in bfloat16, and the block's in float32 on its way.
         """
         work, beside = self.work, self.work.total - self.work.blocks * self.work.block
         if parallel == "fsdp":
             return LOW * 2 * work.block + (LOW + FLOAT) * work.block + 2 * LOW * beside
-        return FLOAT * work.total if parallel == "ddp" else 0
+        return 0
 
     # ---- time ----
 
