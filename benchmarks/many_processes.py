@@ -79,13 +79,22 @@ def agree(folder: Path, device: str) -> Figures:
 
         most = range(1, 1 + torch.cuda.device_count())
     found = {n: json.loads(torchrun(n, ["-m", "quire", "doctor", "--distributed", "--json"], folder)) for n in most}
-    print(f"{'largest relative difference':30}" + "".join(f"{n:>10}" for n in found))
-    for number, way in enumerate(found[1]["ways"]):
-        each = [found[n]["ways"][number] for n in found]
-        print(f"{way['way']:30}" + "".join(f"{one['difference']:10.1e}" for one in each))
+    differences = {
+        way["way"]: [found[n]["ways"][number]["difference"] for n in found]
+        for number, way in enumerate(found[1]["ways"])
+    }
     same = all(way["same_parameters"] for table in found.values() for way in table["ways"])
+    print(*equality_table(differences), sep="\n")
     print(f"parameters in all processes: {'the same' if same else 'DIFFERENT'}")
-    return {"steps": found[1]["steps"], "by_processes": found, "harm": not same}
+    return {"steps": found[1]["steps"], "differences": differences, "same_parameters": same, "harm": not same}
+
+
+def equality_table(differences: dict[str, list[float]]) -> list[str]:
+    """The largest relative differences in Markdown, as docs/many-machines.md has them."""
+    counts = range(1, 1 + len(next(iter(differences.values()))))
+    head = f"| processes | {' | '.join(map(str, counts))} |"
+    rows = [f"| {way} | {' | '.join(f'{one:.1e}' for one in each)} |" for way, each in differences.items()]
+    return [head, "|---" * (1 + len(counts)) + "|", *rows]
 
 
 def speed(run: Path) -> float:
@@ -119,12 +128,25 @@ def scaling(folder: Path, device: str) -> Figures:
         )
     efficiency = [two / (2 * one) for two, one in zip(found["two"], found["one"], strict=True)]
     limit = [beside / (2 * one) for beside, one in zip(found["beside"], found["one"], strict=True)]
-    print(f"one process, one thread       {statistics.median(found['one']):10,.0f} tokens/s")
-    print(f"two processes                 {statistics.median(found['two']):10,.0f} tokens/s")
-    for name, shares in {"efficiency": efficiency, "two trainings beside another": limit}.items():
-        print(f"{name:29} {statistics.median(shares):10.3f} ({min(shares):.3f} to {max(shares):.3f})")
-    return {"model": MIDDLE, "batch_size": 16, "tokens_per_second": found, "efficiency": efficiency, "limit": limit,
-            "median_efficiency": statistics.median(efficiency)}  # fmt: skip
+    figures = {"model": MIDDLE, "batch_size": 16, "tokens_per_second": found, "efficiency": efficiency, "limit": limit}
+    print(*scaling_table(figures), sep="\n")
+    return figures
+
+
+def scaling_table(figures: Figures) -> list[str]:
+    """What two processes gain in Markdown, as docs/many-machines.md has it."""
+    one, two, beside = (statistics.median(figures["tokens_per_second"][name]) for name in ("one", "two", "beside"))
+    shares = [
+        f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
+        for each in (figures["efficiency"], figures["limit"])
+    ]
+    return [
+        "| | tokens/s | of twice one |",
+        "|---|---|---|",
+        f"| one process, one thread, one core | {one:,.0f} | |",
+        f"| two processes | {two:,.0f} | {shares[0]} |",
+        f"| two single trainings beside each other: the machine's limit | {beside:,.0f} | {shares[1]} |",
+    ]
 
 
 KILLER = """
@@ -224,13 +246,8 @@ def save_and_load(folder: Path, device: str) -> None:
             whole.append(held[-1] + time.perf_counter() - began)
             place = folder / "own-0" / "checkpoints" / "last"
             loads.append(timed(lambda trainer=trainer, place=place: trainer.saving.load(place)))
-        numbers = sum(file.stat().st_size for file in place.iterdir())
-        found[parallel] = {
-            "bytes": numbers,
-            "holds_up_seconds": held,
-            "until_whole_seconds": whole,
-            "load_seconds": loads,
-        }
+        size = sum(file.stat().st_size for file in place.iterdir())
+        found[parallel] = {"bytes": size, "holds_up_seconds": held, "until_whole_seconds": whole, "load_seconds": loads}
     if world.leads:
         (folder / "checkpoint.json").write_text(json.dumps(found))
 
@@ -239,13 +256,18 @@ def checkpoint(folder: Path, device: str) -> Figures:
     """What saving and loading takes."""
     torchrun(2, ["--", str(Path(__file__).resolve()), "--save-and-load", str(folder), "--device", device], folder)
     found: Figures = json.loads((folder / "checkpoint.json").read_text())
-    for parallel, part in found.items():
-        held, whole, loads = (
-            statistics.median(part[f"{name}_seconds"]) for name in ("holds_up", "until_whole", "load")
-        )
-        print(f"{parallel:5} {part['bytes'] / 1e6:7.0f} MB: holds training up {held:.2f} s, whole after {whole:.2f} s,"
-              f" loaded in {loads:.2f} s")  # fmt: skip
+    print(*checkpoint_table(found), sep="\n")
     return {"model": LARGE, **found}
+
+
+def checkpoint_table(found: Figures) -> list[str]:
+    """Seconds in Markdown, as docs/many-machines.md has them."""
+    rows = []
+    for parallel, name in {"ddp": "one process writes all (ddp)", "fsdp": "each writes its part (fsdp)"}.items():
+        part = found[parallel]
+        medians = [statistics.median(part[f"{each}_seconds"]) for each in ("holds_up", "until_whole", "load")]
+        rows.append(f"| {name} | {part['bytes'] / 1e6:,.0f} | {' | '.join(f'{each:.2f}' for each in medians)} |")
+    return ["| | MB | holds training up, s | whole after, s | loaded in, s |", "|---|---|---|---|---|", *rows]
 
 
 def one_device(folder: Path, device: str) -> Figures:

@@ -239,8 +239,9 @@ class Cluster:
     def buffers(self, parallel: str) -> int:
         """Bytes that the exchange needs beside parameters and gradients.
 
-        ddp: none, since gradients lie in its buckets. fsdp: two blocks (one ahead) and what is beside the blocks, gathered in
-        bfloat16; the gradients of one block and of what is beside in bfloat16, and the block's in float32 on its way.
+        ddp: none, since gradients lie in its buckets. fsdp: two blocks (one ahead) and what is beside the blocks,
+        gathered in bfloat16; the gradients of one block and of what is beside in bfloat16, and the block's in float32
+        on its way.
         """
         work, beside = self.work, self.work.total - self.work.blocks * self.work.block
         if parallel == "fsdp":

@@ -35,8 +35,8 @@ class Engine(Protocol):
         """Add scale times the gradient of the batch's mean loss to every `.grad`; gives the loss, a scalar."""
         ...
 
-    def synchronize(self, model: nn.Module) -> None:
-        """Make every `.grad` the mean over all processes of a distributed training; with one process nothing."""
+    def synchronize(self, model: nn.Module, processes: int) -> None:
+        """Make every `.grad` the mean over all `processes` of a distributed training; with one process nothing."""
         ...
 
 
@@ -51,7 +51,7 @@ class Autograd:
         (loss * scale).backward()
         return loss.detach()
 
-    def synchronize(self, model: nn.Module) -> None:
+    def synchronize(self, model: nn.Module, processes: int) -> None:
         """Nothing: the wrapper that makes a model distributed does it while autograd runs."""
 
 
@@ -87,10 +87,8 @@ class Manual:
         return loss
 
     @torch.no_grad()
-    def synchronize(self, model: nn.Module) -> None:
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        if (processes := torch.distributed.get_world_size()) == 1:
+    def synchronize(self, model: nn.Module, processes: int) -> None:
+        if processes == 1:
             return
         for bucket in buckets(list(model.parameters())):
             # Beside the gradients, for each whether it is there: a process without one adds zeros, and takes the

@@ -139,8 +139,7 @@ class Trainer:
         rows = self.curriculum.rows(state.stage, settings.batch_size) * settings.accumulation_steps
         batch = self.batches.take(state.cursor, rows, self.world.share(rows))
         loss = self.gradients(batch, rows)
-        if self.world.size > 1:
-            self.engine.synchronize(self.model)
+        self.engine.synchronize(self.model, self.world.size)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         clip = settings.gradient_clip or math.inf

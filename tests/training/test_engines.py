@@ -169,7 +169,7 @@ def test_the_trainer_synchronizes_once_a_step_before_it_clips(engine, monkeypatc
     made = trainer(engine=engine, batch_size=2, accumulation_steps=3, gradient_clip=0.5)
     norms = []
 
-    def ten_times(self: Any, model: nn.Module) -> None:
+    def ten_times(self: Any, model: nn.Module, processes: int) -> None:
         for parameter in model.parameters():
             parameter.grad *= 10
         norms.append(float(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()))

@@ -111,7 +111,7 @@ def trained(settings: Any, rank: int) -> dict[str, Any]:
         for part in whole.split(WORLD)[rank].split(2):
             engine.backpropagate(model, part, 0.5)
         alone.append(largest(grads(model), expected))
-        engine.synchronize(model)
+        engine.synchronize(model, WORLD)
         differences.append(largest(grads(model), expected))
         for optimizer in optimizers:
             optimizer.step()
@@ -128,7 +128,7 @@ def missing(rank: int) -> dict[str, Any]:
     model["both"].grad = torch.tensor([1.0 + rank])
     if rank == 0:
         model["one lacks it"].grad = torch.ones(2)
-    ENGINES["manual"].synchronize(model)
+    ENGINES["manual"].synchronize(model, WORLD)
     return {name: None if p.grad is None else p.grad.tolist() for name, p in model.items()}
 
 
@@ -148,7 +148,7 @@ def work(folder: Path, rank: int) -> None:
     result["missing"] = missing(rank)
     single = nn.Linear(1, 1, bias=False)
     single.weight.grad = torch.full((1, 1), float(rank))
-    ENGINES["autograd"].synchronize(single)
+    ENGINES["autograd"].synchronize(single, WORLD)
     result["untouched"] = single.weight.grad.flatten().tolist()
     engines.BUCKET = 100
     result["buckets"] = len(list(engines.buckets(list(build_model(MODELS["gpt"]).parameters()))))
