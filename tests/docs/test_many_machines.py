@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import quire
-from quire.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "many-machines.md").read_text(encoding="utf-8")
@@ -22,7 +21,7 @@ SCRIPT = re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 SMALL = "--steps 12 --model.layers 1 --model.heads 2 --model.context-length 16 --model.embedding-size 16"
 SMALL += " --batch-size 2 --sample-tokens 0 --device cpu --preset gpt-mini"
 STAND_INS = {
-    "srun": '#!/bin/sh\nexec "$@"\n',
+    "srun": '#!/bin/sh\n"$@" &\nfirst=$!\n"$@"\ncode=$?\nwait $first || code=$?\nexit $code\n',  # on two machines
     "scontrol": "#!/bin/sh\necho localhost\necho node1\n",
     "torchrun": f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n',
 }
@@ -65,29 +64,16 @@ def test_every_command_of_the_page_is_one_that_is_tried():
     """Here or in tests/training/test_distributed.py, where one machine's torchrun is started, killed and compared."""
     assert [shlex.split(command)[0] for command in COMMANDS] == ["torchrun"] * 4 and len(SCRIPT) == 1
     assert "doctor --distributed" in COMMANDS[1] and "--max-restarts" in COMMANDS[2] and "--nnodes 2" in COMMANDS[3]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="the stand-ins are shell scripts")
-def test_two_nodes_train_one_run(desk):
-    """The same command twice, as on two machines."""
-    command = small(COMMANDS[3], free_port())
-    nodes = [
-        subprocess.Popen(shlex.split(command), cwd=desk, env=environment(desk), stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    said = [node.communicate(timeout=120)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
-    run = Run(desk / "runs" / "book")
-    assert run.manifest["world_size"] == 2 and run.metrics()[-1]["step"] == 12
-    assert run.manifest["launch"] == "book"
+    flags = [word for word in shlex.split(COMMANDS[3]) if word.startswith("--")]
+    assert set(flags) <= set(shlex.split(SCRIPT[0])) | {"--run", "--steps", "--parallel"}  # the job's, tried below
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
 def test_the_job_trains_and_put_into_the_queue_again_resumes(desk):
-    """Stopped by SIGTERM to torchrun in the middle, as SLURM does two minutes before the end."""
+    """On two nodes; stopped by SIGTERM in the middle, as SLURM does two minutes before the end."""
     script = small(SCRIPT[0], free_port()).replace("--steps 12", "--steps 100000 --evaluation-interval 50000")
     (desk / "train.sh").write_text(script)
-    slurm = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "2"}
+    slurm = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "1"}
     run, stopped = desk / "runs" / "book", []
     for number in range(2):
         job = subprocess.Popen(
@@ -106,6 +92,5 @@ def test_the_job_trains_and_put_into_the_queue_again_resumes(desk):
         said += job.communicate(timeout=120)[1]
         assert "Stopped at step" in said and said.count("quire resume") == 1, said
         stopped.append(int(re.search(r"Stopped at step (\d+) and saved", said)[1]))
-        assert len(re.findall(r"exitcode +: 143", said)) >= 1 or job.returncode, said
     assert 0 < stopped[0] < stopped[1]
     assert json.loads((run / "manifest.json").read_text())["world_size"] == 2

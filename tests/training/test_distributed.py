@@ -1,6 +1,6 @@
 """Several processes train one model: as one process does, through kills, hangs and signals, and with one voice.
 
-This file starts itself as two processes that find each other as under torchrun; what they found they write into a
+exercise_processes.py runs as two processes that find each other as under torchrun; what they found they write into a
 folder, and the tests read it there. Kills are torchrun's own matter, and go through it.
 """
 
@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,20 +21,19 @@ import torch
 
 import quire
 from quire import checkpoint, processes
+from quire.cli.main import call
 from quire.errors import UserError
 from quire.run import Run
-from quire.training import agreement, loop, saving
-from quire.training.distributed import World, join
-from quire.training.loop import Trainer
-from quire.training.resume import resume
+from quire.training import agreement
+from quire.training import resume as resuming
+from quire.training.distributed import World
 from quire.training.settings import TrainingSettings
-from quire.training.sharded import Shards
 
-CPU = torch.device("cpu")
+EXERCISE = Path(__file__).with_name("exercise_processes.py")
 SMALL = {"layers": 1, "embedding_size": 16, "heads": 2, "context_length": 16}
 MODEL = {**SMALL, "dropout": 0.1}
 TRAINING = {"batch_size": 5, "warmup_steps": 2, "sample_tokens": 10, "threads": 1, "device": "cpu", "steps": 12}
-KILLED, STEPS = 8, 10  # the step at which a process is killed; steps of the comparison with one process
+KILLED = 8  # the step at which a process is killed
 BARE = MappingProxyType({name: value for name, value in os.environ.items() if name != "QUIRE_CACHE"})
 
 
@@ -78,7 +76,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = random.Random(0)
     words = ["".join(generator.choices("abcdefgh", k=generator.randint(2, 6))) for _ in range(40)]
     (folder / "text.txt").write_text(" ".join(generator.choices(words, k=700)))
-    for code, _, said in ended(start(folder, 2, [str(Path(__file__).resolve()), str(folder)])):
+    (folder / "words.json").write_text(json.dumps(flags(folder / "run", folder / "text.txt")))
+    for code, _, said in ended(start(folder, 2, [str(EXERCISE), str(folder)])):
         assert code == 0, said
     return folder
 
@@ -185,7 +184,7 @@ def test_one_process_shards_for_itself(lab):
     plain = lab.train("plain", steps=12)
     for name, tensor in run.checkpoint().model.items():
         torch.testing.assert_close(tensor, plain.checkpoint().model[name])
-    resumed = resume(run, steps=3)
+    resumed = resuming.resume(run, steps=3)
     assert resumed.metrics()[-1]["step"] == 15
 
 
@@ -203,7 +202,7 @@ def test_other_kinds_of_model_can_be_sharded(lab, preset, model, data):
     texts = [] if data else [str(lab.text)]
     few = {"steps": 2, "batch_size": 2, "optimizer": "adamw", "sample_tokens": 5, "threads": 1, "device": "cpu"}
     run = quire.train(*texts, run=lab.folder / "run", preset=preset, model=model, data=data, parallel="fsdp", **few)
-    assert resume(run, steps=2).metrics()[-1]["step"] == 4
+    assert resuming.resume(run, steps=2).metrics()[-1]["step"] == 4
     assert (run.path / "samples.md").read_text().count("## Step") >= 2
 
 
@@ -301,108 +300,12 @@ def test_a_mistake_is_told_once(folder, found):
     assert sum(said.count("exists already") for _, _, said in told) == 1
 
 
-@pytest.mark.parametrize("command", [["generate", "run"], ["resume", "run", "--verify"]])
-def test_what_one_process_does_is_refused_of_several(folder, found, command):
-    told = ended(start(folder, 2, ["-m", "quire", *command]))
-    assert [code for code, _, _ in told] == [2, 2]
-    assert sum(said.count("without torchrun") for _, _, said in told) == 1
-
-
-# ---- what runs in each of the two processes ----
-
-
-def sharded(folder: Path, world: World) -> dict[str, Any]:
-    """A sharded training, straight and through checkpoints of both kinds."""
-    run, tokens = agreement.small_run(folder / f"shards-{world.rank}")
-    settings = TrainingSettings(steps=12, parallel="fsdp", batch_size=4, device="cpu")
-    weights: dict[str, Any] = {}
-
-    def trainer(parallel: str = "fsdp") -> Trainer:
-        made = Trainer(run, replace(settings, parallel=parallel), tokens, CPU, time.time())
-        made.begin()
-        made.wrap_model()
-        return made
-
-    def whole(of: Trainer) -> dict[str, torch.Tensor]:
-        parts = {name: tensor.clone() for name, tensor in of.saving.tensors().items()}
-        return {name: part.full_tensor() if hasattr(part, "full_tensor") else part for name, part in parts.items()}
-
-    def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-        return sorted(one.keys() ^ other.keys()) or [name for name in one if not torch.equal(one[name], other[name])]
-
-    where, straight, stopped = folder / "sharded" / "checkpoints" / "last", trainer(), trainer()
-    beginning = whole(straight)
-    for _ in range(6):
-        straight.update()
-        stopped.update()
-    stopped.saving.shards.save(where, stopped.saving.tensors(), stopped.state.to_table())
-    stopped.update()  # while it is being written: what is saved is what was there then
-    stopped.saving.finish()
-    middle = whole(straight)
-    weights = {
-        name.removeprefix("model."): tensor.flatten().tolist() for name, tensor in middle.items() if "model." in name
-    }
-    resumed = trainer()
-    resumed.state = resumed.saving.load(where)
-    for _ in range(3):
-        straight.update()
-        resumed.update()
-    half = {}
-    for parallel in ("ddp", "fsdp"):
-        low = {"parallel": parallel, "precision": "bfloat16", "gradient_checkpointing": True}
-        half[parallel], _ = agreement.trained(run, replace(settings, **low), tokens, CPU, world, 6)
-    result = {"half": half, "weights": {n: w for n, w in weights.items() if not n.startswith("optimizer")},
-              "resumed": differing(whole(straight), whole(resumed)),
-              "unlike the beginning": bool(differing(beginning, whole(straight)))}  # fmt: skip
-    ordinary = trainer("ddp")
-    ordinary.state = ordinary.saving.load(where)
-    ordinary.saving.run = Run(run.path)
-    ordinary.saving.save("last", ordinary.state)
-    world.meet()
-    again = trainer()
-    again.state = again.saving.load(folder / "shards-0" / "checkpoints" / "last")
-    result["from an ordinary one"] = differing(middle, whole(again))
-    if world.leads:
-        for path in (folder / f"shards-{world.rank}").iterdir():
-            if path.name != "checkpoints":
-                path.rename(folder / "sharded" / path.name)
-        path = where / "shard-00002-model-00001-of-00002.safetensors"
-        good = path.read_bytes()
-        path.write_bytes(good[:-40] + bytes([good[-40] ^ 1]) + good[-39:])
-    world.meet()
-    try:
-        again.saving.load(where)
-    except UserError as error:
-        result["damaged"] = str(error)
-    world.meet()
-    if world.leads:
-        path.write_bytes(good)
-    return result
-
-
-def work(folder: Path) -> None:
-    """Everything in which both take part."""
-    torch.set_num_threads(1)
-    said: list[str] = []
-    speak = loop.say
-    from quire import progress
-
-    console = progress.console()
-    show = console.print
-    console.print = lambda text, **style: said.append(text) or show(text, **style)
-    assert speak is progress.say
-    quire.train(str(folder / "text.txt"), run=folder / "run", preset="gpt-mini", model=MODEL, **TRAINING)
-    world = join(TrainingSettings.timeout)
-    result: dict[str, Any] = {"said": "\n".join(said)}
-    result["ways"] = {each.way: vars(each) for each in agreement.agreements(world, CPU, STEPS)}
-    share = World.share
-    World.share = lambda self, rows: share(World(0, self.size), rows)
-    result["wrong"] = agreement.agreements(world, CPU, 2)[0].difference
-    World.share = share
-    assert saving.Shards is Shards
-    result["sharded"] = sharded(folder, world)
-    (folder / f"{world.rank}.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+def test_what_one_process_does_is_refused_of_several(lab, monkeypatch, capsys):
+    run = lab.train("run", steps=1)
+    monkeypatch.setattr(resuming, "join", lambda timeout: World(0, 2))
+    with pytest.raises(UserError, match="without torchrun"):
+        resuming.verify(run)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "first_to_say", lambda sentence: True)
+    assert call(["generate", str(run.path)]) == 2
+    assert "quire generate runs in one process: call it without torchrun." in capsys.readouterr().err

@@ -44,8 +44,9 @@ def limited(monkeypatch):
     return limit
 
 
-@pytest.mark.parametrize("engine", ["autograd", "manual"])
-@pytest.mark.parametrize("error", MESSAGES, ids=["CPU", "CUDA", "MPS", "Python"])
+@pytest.mark.parametrize(
+    ("engine", "error"), zip(["autograd", "manual"] * 2, MESSAGES, strict=True), ids=["CPU", "CUDA", "MPS", "Python"]
+)
 def test_batches_too_large_are_what_smaller_ones_would_have_been(lab, limited, engine, error, capsys):
     settings = {"steps": 12, "engine": engine}
     small = lab.train("small", batch_size=2, accumulation_steps=4, **settings)
