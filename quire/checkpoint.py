@@ -127,6 +127,11 @@ def is_sharded(folder: Path) -> bool:
     return found is not None and not (found / MODEL).exists()
 
 
+def model_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that hold weights."""
+    return [*folder.glob(MODEL), *folder.glob("shard-*-model-00001-of-*.safetensors")]
+
+
 def exists(folder: Path) -> bool:
     """Whether there is a complete checkpoint."""
     return files.complete_folder(folder, STATE) is not None

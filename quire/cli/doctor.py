@@ -29,6 +29,8 @@ def run(words: list[str]) -> int:
     given = parse(Arguments, words, "doctor")
     if given.distributed:
         return show_agreements(given.json)
+    if not processes.leads():
+        return 0
     found = examine()
     if given.json:
         print_json(found)
@@ -43,7 +45,7 @@ def run(words: list[str]) -> int:
 
 def show_agreements(as_json: bool) -> int:
     """Whether the processes of this launch train as one would."""
-    from quire.training.agreement import STEPS, TOLERANCE, agreements
+    from quire.training.agreement import STEPS, agreements
     from quire.training.distributed import join, own_device
 
     if not processes.launched():
@@ -52,9 +54,7 @@ def show_agreements(as_json: bool) -> int:
     with world.explained():
         found = agreements(world, device)
     if world.leads and as_json:
-        print_json(
-            {"processes": world.size, "steps": STEPS, "tolerance": TOLERANCE, "ways": [asdict(f) for f in found]}
-        )
+        print_json({"processes": world.size, "steps": STEPS, "ways": [asdict(each) for each in found]})
     elif world.leads:
         print(f"{world.size} processes against one, {STEPS} steps: the largest difference of a loss, relative")
         for each in found:
@@ -66,7 +66,7 @@ def show_agreements(as_json: bool) -> int:
             " is not to be trusted."
         )
     if world.leads and not as_json:
-        print(f"They agree, to {TOLERANCE:g}.")
+        print("They agree: " + " and ".join(sorted({f"to {each.tolerance:g}" for each in found})) + ".")
     return 0
 
 

@@ -256,8 +256,10 @@ def command(words: list[str], given: Arguments, plan: cluster.ClusterPlan, way: 
     train = shlex.join(["train", *([] if given.data.text else ["TEXT"]), *left]) + " " + " ".join(flags)
     if not way.parallel:
         return f"{program()} {train}"
-    meet = f"--nnodes {plan.nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29400 " if plan.nodes > 1 else ""
-    return f"torchrun {meet}--nproc-per-node {min(plan.devices, NODE)} -m quire {train}"
+    meet = (
+        f"--nnodes {plan.nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id RUN " if plan.nodes > 1 else ""
+    )
+    return f"torchrun {meet}--nproc-per-node {min(plan.devices, NODE)} -m -- quire {train}"
 
 
 def without(words: list[str], flags: tuple[str, ...]) -> list[str]:

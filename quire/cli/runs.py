@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from quire import checkpoint
 from quire.cli.flags import Switch, parse, print_json
 from quire.errors import UserError
 from quire.run import Run
@@ -45,12 +46,12 @@ def row(path: Path) -> dict[str, Any]:
         metrics = opened.metrics()
         measured = [line for line in metrics if line.get("validation_loss") is not None]
         best = min(measured, key=lambda line: line["validation_loss"], default={})
-        files = opened.folder("best" if opened.folder("best").exists() else "last").glob("model.safetensors")
+        folder = opened.folder("best" if opened.folder("best").exists() else "last")
         return {
             "run": str(path),
             "text": text_of(opened),
             "steps": metrics[-1]["step"] if metrics else 0,
-            "model_bytes": sum(file.stat().st_size for file in files),
+            "model_bytes": sum(file.stat().st_size for file in checkpoint.model_files(folder)),
             "validation_loss": best.get("validation_loss"),
             "bits_per_byte": best.get("validation_bits_per_byte"),
             "age_seconds": round(time.time() - (path / "config.toml").stat().st_mtime),

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from quire import files, processes
+from quire import files
 from quire.data import shards
 from quire.data.documents import BYTES, CHARACTERS, START, Documents, Mark
 from quire.data.encode import STEP, Job, encode_shards
@@ -158,13 +158,13 @@ def prepare(
     return found
 
 
-def opened(key: str) -> TokenStream | None:
+def opened(key: str, looked_at: bool = False) -> TokenStream | None:
     """The training tokens that were prepared under `key`, if they are in the cache and intact.
 
-    Of several processes of a machine, the first looks whether they are intact: each is to read only its part.
+    Where another process has just `looked_at` them, they are taken as they are.
     """
     folder = folder_of(key)
-    index = _whole(folder, looked_at=processes.local_rank() > 0) if key else None
+    index = _whole(folder, looked_at) if key else None
     return None if index is None else shards.opened(folder, index[STREAMS[0]], index["dtype"])
 
 
@@ -278,7 +278,7 @@ def _encode(
 def _whole(folder: Path, looked_at: bool = False) -> Any:
     """The index of what is prepared, if all of that is there and no bit of it has changed; else None.
 
-    What is being `looked_at` by another process is taken as it is.
+    What another process has `looked_at` is taken as it is.
     """
     try:
         index = files.read_json(folder / INDEX)

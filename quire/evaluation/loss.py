@@ -50,7 +50,7 @@ def total_loss(
     for number, batch in enumerate(islice(batches, most_batches)):
         if number % processes != rank:
             continue
-        while (found := _losses(model, batch, min(pieces, len(batch.inputs)), device)) is None:
+        while (found := _losses(model, batch, min(pieces, len(batch.inputs)), device, processes == 1)) is None:
             pieces *= 2
             release_memory(device)
         losses += found[0]
@@ -74,13 +74,15 @@ def held_out_batches(
     return tokens.whole(min(most, LOGITS // vocabulary_size))
 
 
-def _losses(model: Any, batch: Batch, pieces: int, device: torch.device) -> tuple[list[Tensor], list[int]] | None:
-    """The mean loss of each piece of a batch, and its tokens; None where memory ran out and smaller ones may do."""
+def _losses(
+    model: Any, batch: Batch, pieces: int, device: torch.device, smaller: bool
+) -> tuple[list[Tensor], list[int]] | None:
+    """The mean loss of each piece of a batch, and its tokens; None where memory ran out and `smaller` ones may do."""
     parts = batch.split(pieces)
     try:
         return [model(**part.to(device).arguments()) for part in parts], [part.counted for part in parts]
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error) or pieces == len(batch.inputs):
+        if not out_of_memory(error) or pieces == len(batch.inputs) or not smaller:
             raise
         return None
 

@@ -43,12 +43,15 @@ def train_planned(build: Callable[[Table], Settings], wanted: str, path: Path | 
     recipe. The minutes count from `began`, a time.time()."""
     settings = build({})
     world = join(settings.training.timeout)
-    if not wanted or not world.leads or begun_before(settings, path):
+    if not wanted or not world.leads:
         return train_run(settings, path, began)
-    with world.leading(BEGUN):
-        if path is not None:
+    with world.leading(BEGUN):  # which fails, or leaves it to train_run to say what was begun
+        before = begun_before(settings, path)
+        if not before and path is not None:
             refuse_existing(path)
-        found = follow(build, wanted, began)
+        found = follow(build, wanted, began) if not before else None
+    if found is None:
+        return train_run(settings, path, began)
     say(choice(found, wanted))
     return train_run(found.settings, path, began, found.loaded)
 

@@ -5,7 +5,7 @@ nothing of it: they are wrapped (DistributedDataParallel) or sharded (see sharde
 all processes, as without them: the loss is the sum over all its tokens divided by their number, whoever holds which, so
 that the same settings give the same curve with any number of processes.
 
-    torchrun --nproc-per-node 2 -m quire train TEXT --run DIR
+    torchrun --nproc-per-node 2 -m -- quire train TEXT --run DIR
 """
 
 import atexit
@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from typing import Any
 
 import torch
@@ -116,23 +115,38 @@ class World:
         except BaseException as error:
             if self.size > 1:
                 reason = str(error) if isinstance(error, UserError) else type(error).__name__
-                processes.store().set(what, f"{type(error).__name__}: {reason}")
+                processes.store().set(processes.numbered(what), f"{type(error).__name__}: {reason}")
             raise
         if self.size > 1 and "result" in told:
-            processes.store().set(what, f"result: {told['result']}")
+            processes.store().set(processes.numbered(what), f"result: {told['result']}")
 
     def follow(self, what: str) -> str:
         """The result of what the leading process does meanwhile, however long that takes."""
-        store = processes.store()
+        store, key = processes.store(), processes.numbered(what)
         with self.explained():
-            while not store.check([what]):
-                time.sleep(LOOKING)
-            kind, _, text = store.get(what).decode().partition(": ")
+            self._wait_for([key])
+            kind, _, text = store.get(key).decode().partition(": ")
         if kind == "UserError":
             raise UserError(text)  # which the leading process says
         if kind != "result":
             raise Lost(f"Process 0 ended: {text}.")
         return text
+
+    def assemble(self) -> None:
+        """Wait until all are here, however long one of them prepares what it needs."""
+        if self.size > 1:
+            key = processes.numbered("assembled")
+            with self.explained():
+                processes.store().set(f"{key}/{self.rank}", "")
+                self._wait_for([f"{key}/{rank}" for rank in range(self.size)])
+
+    def _wait_for(self, keys: list[str]) -> None:
+        """Wait until the store has these keys, or another process ends for a reason that it tells."""
+        store = processes.store()
+        while not store.check(keys):
+            if sentence := processes.ended():
+                raise UserError(sentence)
+            time.sleep(LOOKING)
 
     # ---- the model ----
 
@@ -161,7 +175,16 @@ class World:
             said = str(error).lower()
             if self.size == 1 or out_of_memory(error) or not any(word in said for word in LOST):
                 raise
+            if sentence := self.why_ended():
+                raise UserError(sentence) from error
             raise Lost(self.who_is_missing()) from error
+
+    def why_ended(self) -> str:
+        """The reason that another process gave before it ended, or ""."""
+        try:
+            return processes.ended()
+        except RuntimeError:  # the store has gone with it
+            return ""
 
     def who_is_missing(self) -> str:
         """A sentence about those processes that do not say within a moment that they are there."""
@@ -186,13 +209,16 @@ class World:
 ALONE = World()
 
 
-@cache
 def join(timeout: float) -> World:
-    """Meet the other processes of this launch; later messages fail after `timeout` seconds without an answer."""
+    """Meet the other processes of this launch; later messages fail after `timeout` seconds without an answer (those of
+    the first call)."""
     if not processes.launched():
         return ALONE
-    store = processes.store()
     rank, size = processes.rank(), processes.world_size()
+    if distributed.is_initialized():
+        return World(rank, size)
+    store = processes.store()
+    store.set_timeout(timedelta(seconds=timeout))
     waiting = timedelta(seconds=timeout)
     distributed.init_process_group(backend(), store=store, rank=rank, world_size=size, timeout=waiting)
     store.set(f"name/{rank}", f"pid {os.getpid()} on {platform.node()}")

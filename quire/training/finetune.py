@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire import checkpoint
+from quire import checkpoint, processes
 from quire.config import Table, merged
 from quire.data.prepare import Prepared
 from quire.data.reading import DataSettings
@@ -23,6 +23,7 @@ from quire.progress import say
 from quire.run import Run, refuse_existing
 from quire.training.distributed import join
 from quire.training.loop import Trainer
+from quire.training.resume import resume
 from quire.training.settings import LENGTHS, Settings, typed
 from quire.training.texts import is_prepared, open_text
 from quire.training.threads import prepare_machine
@@ -36,7 +37,6 @@ from quire.training.train import (
     fitting_pairs,
     free_path,
     train_created,
-    trained_again,
     trained_along,
 )
 
@@ -108,11 +108,14 @@ def finetune_run(
 
     if not world.leads:
         return trained_along(world.follow(BEGUN), began, begin)
-    if before := begun_before(settings, path):
-        return trained_again(world, before, began)
     with world.leading(BEGUN) as told:
-        run, settings, prepared, device, measure = new_run(base, settings, path, context_length)
-        told["result"] = f"train {run.path}"
+        if before := begun_before(settings, path):
+            told["result"] = f"resume {before}"
+        else:
+            run, settings, prepared, device, measure = new_run(base, settings, path, context_length)
+            told["result"] = f"train {run.path}"
+    if before:
+        return resume(before, began=began)
     begins = begun_with_threads(begin) if measure and world.size == 1 else begin
     return train_created(run, settings.training, prepared, device, began, begins, keep=False)
 
@@ -141,7 +144,7 @@ def new_run(
     settings = Settings(
         settings.data,
         replace(base.settings, vocabulary_size=prepared.tokenizer.vocabulary_size, context_length=context_length),
-        replace(settings.training, threads=threads),
+        replace(settings.training, threads=threads * processes.local_size()),
     )
     if settings.data.pairs:
         prepared = fitting_pairs(settings, prepared)

@@ -5,6 +5,7 @@ Trainer.update      one optimizer step
 Trainer.evaluate    both losses, a sample, the plot, the checkpoints
 """
 
+import contextlib
 import math
 import time
 from typing import Any
@@ -18,13 +19,13 @@ from quire.data.batches import Batch, Batches, Cursor
 from quire.data.pairs import Pairs
 from quire.data.shards import TokenStream
 from quire.devices import generators, out_of_memory, release_memory
+from quire.errors import UserError
 from quire.evaluation.evaluate import bits_per_byte
 from quire.evaluation.loss import total_loss
 from quire.layers.layer import Block
 from quire.progress import Update, bar, say
 from quire.run import Run
 from quire.training import non_finite
-from quire.training import state as states
 from quire.training.clock import Clock, default_interval
 from quire.training.curriculum import Curriculum
 from quire.training.distributed import World, join
@@ -59,6 +60,7 @@ class Trainer:
         """`world`: the processes that train it together; None: those of this launch."""
         self.run, self.settings, self.device = run, settings, device
         self.world = world or join(settings.timeout)
+        self.world.assemble()
         self.sharded = settings.parallel == "fsdp"
         self.precision = Precision(settings.precision, device)
         self.scaler = self.precision.scaler
@@ -79,7 +81,7 @@ class Trainer:
         self.state = TrainingState()
         self.began = began
         self.journal = Journal(run, settings, device, self.world.leads)
-        self.saving = Saving(run, self.model, self.optimizers, self.scaler, self.world, self.sharded)
+        self.saving = Saving(run, self.model, self.optimizers, self.scaler, self.world, settings)
         self.saved = 0.0  # seconds of the run at its last checkpoint
         self.signals = Signals()
         self.wrapped: Any = None  # the model as the engine calls it, perhaps compiled; made when training starts
@@ -97,7 +99,7 @@ class Trainer:
         watch = Watch()
         self.saved = self.clock.elapsed()
         self.journal.logged = state.tokens, self.saved
-        with self.world.explained(), self.signals, bar(self.run.path.name) as show:
+        with self.signals, bar(self.run.path.name) as show:
             while not state.finished:
                 before = state.progress
                 self.update()
@@ -123,8 +125,10 @@ class Trainer:
     def wrap_model(self) -> None:
         """Compile the model where that is asked for or pays; refuse one that the engine cannot train. Of several
         processes that have a copy each, let autograd make their gradients one."""
-        model, shape = self.model, self.run.settings
-        self.wrapped = compiled(model, self.settings, self.precision, shape.vocabulary_size, shape.context_length)
+        model, shape, settings = self.model, self.run.settings, self.settings
+        rows = settings.batch_size * settings.accumulation_steps
+        windows = rows // self.world.size // self.world.parts(rows, settings.accumulation_steps)
+        self.wrapped = compiled(model, settings, self.precision, (windows, shape.context_length), shape.vocabulary_size)
         self.engine.check(self.wrapped)
         if self.world.size > 1 and self.settings.engine == "autograd" and not self.sharded:
             self.wrapped = self.world.wrapped(self.wrapped, self.device)
@@ -274,7 +278,8 @@ class Trainer:
             self.be_patient()
         self.log(None, validation_loss=loss, validation_bits_per_byte=bits)
         if self.settings.sample_tokens and (self.world.leads or self.sharded):
-            self.journal.sample(state, self.model, self.validation, loss)
+            with self.measuring():
+                self.journal.sample(state, self.model, self.validation, loss)
         if not state.end and not state.finished:
             # So far it has neither drawn nor saved: where the last one took longer in all, that is the better guess.
             self.clock.evaluation_seconds = max(self.clock.evaluation_seconds, self.clock.elapsed() - began)
@@ -303,9 +308,14 @@ class Trainer:
         shape = self.run.settings
         sizes = shape.context_length, shape.vocabulary_size
         share = self.world.rank, self.world.size
-        own = total_loss(self.model, self.validation, *sizes, self.device, None, most_batches, share)
+        with self.measuring():
+            own = total_loss(self.model, self.validation, *sizes, self.device, None, most_batches, share)
         total, count = self.world.sum(*own)
         return total, int(count)
+
+    def measuring(self) -> contextlib.AbstractContextManager[Any]:
+        """Around what is measured: in float32, but where parts are gathered in another precision."""
+        return self.precision.autocast() if self.sharded else contextlib.nullcontext()
 
     def interval(self) -> int:
         """Steps between evaluations in a stretch whose length is known."""
@@ -341,7 +351,7 @@ class Trainer:
     def fresh_model(self) -> Any:
         """The model as the seed initializes it, the same in all processes; what they drop out differs."""
         seed = self.settings.seed
-        model = self.run.fresh_model(seed, self.device)
+        model = self.run.fresh_model(seed, torch.device("cpu") if self.sharded else self.device)  # sharding moves it
         if self.world.rank:
             torch.manual_seed(seed + (self.world.rank << 32))
         return model
@@ -360,6 +370,7 @@ class Trainer:
     def measure_start(self) -> None:
         """Measure weights that come from another run before their first step: the best so far, and a checkpoint."""
         state = self.state
+        self.save("last")  # so that a resume begins with these weights
         state.best_loss, bits = self.held_out_loss()
         self.journal.first_line(state, state.best_loss, bits, time.time() - self.began)
         say(f"Before training: {state.best_loss:.4f} nats per token, {bits:.4f} bits per byte on the held-out text.")
@@ -377,16 +388,13 @@ class Trainer:
     def load(self) -> bool:
         """Take up the last checkpoint; False where the run was stopped before its first, and begins anew."""
         folder = self.run.last_folder()
+        if folder is None and "finetuned_from" in self.run.manifest:
+            raise UserError(
+                f"{self.run.path} was stopped before it had the weights of {self.run.manifest['finetuned_from']}."
+                " Delete it, and fine-tune again."
+            )
         if folder is None:
             self.begin()
         else:
             self.state = self.saving.load(folder)
         return folder is not None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that must be equal where two trainings are the same, as tensors by name."""
-        own = {f"model.{name}": tensor.detach() for name, tensor in self.model.named_parameters()}
-        training = states.training_tensors(self.model, self.optimizers, self.scaler)
-        copies = {name: tensor.to("cpu", copy=True) for name, tensor in {**own, **training}.items()}
-        state, cursor = self.state, self.state.cursor
-        return {**copies, "cursor": torch.tensor([state.stage, cursor.epoch, cursor.position, state.step])}

@@ -42,8 +42,11 @@ class Precision:
         return self.scaler.get_scale()
 
 
-def compiled(model: nn.Module, settings: TrainingSettings, precision: Precision, vocabulary: int, context: int) -> Any:
-    """The model compiled where the settings ask for it or it pays, else as it is; a failure is said and survived.
+def compiled(
+    model: nn.Module, settings: TrainingSettings, precision: Precision, shape: tuple[int, int], vocabulary: int
+) -> Any:
+    """The model, called with tokens of a `shape` (B, T), compiled where the settings ask for it or it pays, else as it
+    is; a failure is said and survived.
 
     What was compiled is kept in the user's cache folder, where the next run of the same shape finds it.
     """
@@ -56,7 +59,7 @@ def compiled(model: nn.Module, settings: TrainingSettings, precision: Precision,
     cuda = [precision.device] if precision.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=cuda), precision.autocast():
-            tokens = torch.randint(vocabulary, (settings.batch_size, context), device=precision.device)
+            tokens = torch.randint(vocabulary, shape, device=precision.device)
             source = {"source": tokens} if getattr(model, "settings", ModelSettings).reads_source else {}
             faster(tokens, tokens, **source).backward()
     except (RuntimeError, OSError, ImportError, AssertionError, torch._dynamo.exc.TorchDynamoException) as error:

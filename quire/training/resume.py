@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from quire import files
+from quire import files, processes
 from quire.config import from_table
 from quire.data.reading import DataSettings
 from quire.errors import UserError
@@ -44,7 +44,8 @@ def resume(
     run = run if isinstance(run, Run) else Run(run)
     if steps < 0 or minutes < 0 or (steps and minutes):
         raise UserError("Give --steps N or --minutes M, one of them, to train a finished run further.")
-    with held(run, join(settings_of(run).timeout)):
+    world = join(settings_of(run).timeout)
+    with world.explained(), held(run, world):
         trainer = reopened(run, data, engine=engine, device=device, threads=threads, parallel=parallel, began=began)
         found = trainer.load()
         state = trainer.state
@@ -54,6 +55,8 @@ def resume(
                 f" To train it further: quire resume {run.path} --minutes 5"
             )
             return run
+        if processes.restarted() and not state.finished:
+            steps, minutes = 0, 0.0  # what was asked for has begun before
         if (steps or minutes) and not state.finished:
             raise UserError(f"{run.path} is not finished (step {state.step}). Finish it first: quire resume {run.path}")
         trainer.journal.cut_back(state)
@@ -80,7 +83,7 @@ def verify(
     run = run if isinstance(run, Run) else Run(run)
     if join(settings_of(run).timeout).size > 1:
         raise UserError("A resume is verified by one process: call quire resume RUN --verify without torchrun.")
-    first = reopened(run, data, engine=engine, device=device, threads=threads)
+    first = reopened(run, data, engine=engine, device=device, threads=threads, parallel="ddp")
 
     def trainer() -> Trainer:
         again = Trainer(run, first.settings, first.tokens, first.device, time.time())
@@ -129,8 +132,10 @@ def reopened(
     threads: int = 0,
     parallel: str = "",
     began: float = 0.0,
+    looked_at: bool = False,
 ) -> Trainer:
-    """A trainer for a run that exists, its checkpoint not loaded; the text must be the one it began with."""
+    """A trainer for a run that exists, its checkpoint not loaded; the text must be the one it began with, and was
+    `looked_at` where another process of this machine has just prepared it."""
     if run.imported:
         raise UserError(
             f"{run.path} was imported: there is no training to resume. To train its model on a text:"
@@ -148,5 +153,5 @@ def reopened(
     )
     settings = Settings(from_table(DataSettings, run.config.get("data", {}), "data"), run.settings, training)
     where, _ = prepare_machine(training)
-    tokens = find_data(run, settings, tuple(data))
+    tokens = find_data(run, settings, tuple(data), looked_at)
     return Trainer(run, training, tokens, where, began or time.time())

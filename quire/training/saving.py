@@ -10,6 +10,7 @@ from quire.run import Run
 from quire.training import state as states
 from quire.training.distributed import World
 from quire.training.optimizers import Optimizers
+from quire.training.settings import TrainingSettings
 from quire.training.sharded import Shards
 from quire.training.state import TrainingState
 
@@ -18,16 +19,16 @@ class Saving:
     """Writes and reads the state of a training; of several processes all call it."""
 
     def __init__(
-        self, run: Run, model: nn.Module, optimizers: Optimizers, scaler: Any, world: World, sharded: bool
+        self, run: Run, model: nn.Module, optimizers: Optimizers, scaler: Any, world: World, settings: TrainingSettings
     ) -> None:
         self.run, self.model, self.optimizers, self.scaler, self.world = run, model, optimizers, scaler, world
-        self.shards = Shards(world) if sharded else None
-        self.best: dict[str, Any] | None = None  # the state of the checkpoint `best`, where this process wrote it
+        self.shards = Shards(world, settings.timeout) if settings.parallel == "fsdp" else None
+        self.best_table: dict[str, Any] | None = None  # the state of the checkpoint `best`, where this process wrote it
 
     def save(self, which: str, state: TrainingState) -> None:
         """Write the checkpoint `best` or `last`; the second that is written of one state is the first one's files."""
         table, folder, best = state.to_table(), self.run.folder(which), self.run.folder("best")
-        again = which == "last" and self.best == table
+        again = which == "last" and self.best_table == table
         if self.shards and again:
             self.shards.save_again(folder, best)
         elif self.shards:
@@ -37,7 +38,7 @@ class Saving:
         elif not again:
             states.save(folder, state, self.model, self.optimizers, self.scaler, self.world)
         if which == "best":
-            self.best = table
+            self.best_table = table
 
     def tensors(self) -> checkpoint.Tensors:
         """Weights, optimizer state and random generators; of what is sharded this process's parts."""

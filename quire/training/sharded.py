@@ -17,18 +17,20 @@ import json
 import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from quire import checkpoint, files, processes
 from quire.errors import UserError
 from quire.layers.cross_attention import CrossAttention
 from quire.layers.layer import Block
 from quire.layers.ngram_embedding import NgramEmbedding
-from quire.training.distributed import LOOKING, World, alone
+from quire.training.distributed import World, alone
 from quire.training.precision import Precision
 
 MODEL_FILE, TRAINING_FILE = 1, 2  # numbers of the two files of each process
@@ -43,7 +45,8 @@ def shard(model: nn.Module, world: World, precision: Precision) -> Any:
         raise UserError("--parallel fsdp cannot shard n-gram tables: take --parallel ddp, or a model without them.")
     alone()
     mesh = init_device_mesh(precision.device.type, (world.size,))
-    # Gathered in the precision of the products, and added up in float32; what autocast keeps in float32 stays so.
+    # Gathered in the precision of the products; gradients are added up in float32. What flows between the blocks has
+    # that precision too, where autocast alone would leave it in float32.
     low = None if precision.dtype is torch.float32 else precision.dtype
     sums = torch.float32 if low else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=sums, cast_forward_inputs=False)
@@ -73,13 +76,14 @@ def let_go(model: nn.Module, inputs: Any, result: Any) -> None:
 class Shards:
     """The checkpoints of a sharded training, written one after the other beside it."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.group = distributed.new_group(backend="gloo")  # of its own: it is used while training uses the other
+    def __init__(self, world: World, timeout: float) -> None:
+        self.world, self.timeout = world, timeout
+        # A group of its own: it is used while training uses the other.
+        self.group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self.store = processes.store().clone() if world.size > 1 else None
         self.beside = ThreadPoolExecutor(1, "checkpoint")
         self.pending: list[Future[None]] = []
-        self.number = 0
+        self.begun = False  # whether anything was, in all processes, since they last finished together
 
     def save(self, folder: Path, tensors: checkpoint.Tensors, state: dict[str, Any]) -> None:
         """Begin to replace `folder` by a checkpoint, once the one before is written; gives back when the tensors may
@@ -88,14 +92,14 @@ class Shards:
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
         self.finish()
-        self.number += 1
+        self.begun = True
         if self.world.leads:
             files.fresh_folder(folder)
         self.world.meet()
         kinds = {name: MODEL_FILE if name.startswith("model.") else TRAINING_FILE for name in tensors}
         writer = HuggingFaceStorageWriter(str(files.beside(folder)), kinds, save_distributed=True)
         written = async_save(dict(tensors), storage_writer=writer, process_group=self.group)
-        self.pending.append(self.beside.submit(self._complete, written, folder, state, self.number))
+        self.pending.append(self.beside.submit(self._complete, written, folder, state, processes.numbered("sums")))
 
     def save_again(self, folder: Path, origin: Path) -> None:
         """Replace `folder` by the checkpoint last saved in `origin`, once that is written."""
@@ -107,25 +111,33 @@ class Shards:
         pending, self.pending = self.pending, []
         for future in pending:
             future.result()
-        if pending:
+        if self.begun:
+            self.begun = False
             self.world.meet()
 
-    def _complete(self, written: Any, folder: Path, state: dict[str, Any], number: int) -> None:
+    def _complete(self, written: Any, folder: Path, state: dict[str, Any], key: str) -> None:
         """Give every file its checksums, and when all processes have done so the checkpoint its name."""
-        written.result()
+        try:
+            written.result()
+        except CheckpointException as error:  # of any process, and of no kind that says what it is
+            causes = [cause for cause, _ in error.failures.values()]
+            raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from error
         new, own = files.beside(folder), {}
         for path in sorted(new.glob(f"shard-{self.world.rank + 1:05}-*.safetensors")):
             files.settle(path)
             own[path.name] = checkpoint.sums_of(path)
         if not self.world.leads:
             assert self.store is not None
-            self.store.set(f"sums/{number}/{self.world.rank}", json.dumps(own))
+            self.store.set(f"{key}/{self.world.rank}", json.dumps(own))
             return
+        until = time.monotonic() + self.timeout
         for rank in range(1, self.world.size):
             assert self.store is not None
-            while not self.store.check([key := f"sums/{number}/{rank}"]):
-                time.sleep(LOOKING / 10)
-            own |= json.loads(self.store.get(key))
+            while not self.store.check([f"{key}/{rank}"]):
+                if time.monotonic() > until:
+                    raise RuntimeError(f"timed out: process {rank} has not told the checksums of what it wrote")
+                time.sleep(processes.LOOKING)
+            own |= json.loads(self.store.get(f"{key}/{rank}"))
         files.write_json(new / checkpoint.STATE, {"state": state, "files": own})
         files.take_place(folder)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quire import files, processes
+from quire import files
 from quire.config import Table
 from quire.data.documents import Mark
 from quire.data.elsewhere import is_index
@@ -191,14 +191,16 @@ def read_texts(
     return corpus, held_out
 
 
-def find_data(run: Run, settings: Settings, moved: tuple[str, ...]) -> TokenStream:
-    """The run's training tokens: those in the cache, or from the text it began with; another text is refused."""
+def find_data(run: Run, settings: Settings, moved: tuple[str, ...], looked_at: bool = False) -> TokenStream:
+    """The run's training tokens: those in the cache, or from the text it began with; another text is refused.
+
+    What another process has just `looked_at` is taken as it is: each is to read only its part.
+    """
     manifest, kept = run.manifest, run.path / "data" / STANDARD_INPUT
     if is_prepared(settings.data):
         return find_prepared(run, settings, moved)
-    looked_at = processes.local_rank() > 0  # by the first process of this machine
     if not moved and (looked_at or unchanged(manifest["data"], kept)):
-        stream = opened(manifest.get("prepared", ""))
+        stream = opened(manifest.get("prepared", ""), looked_at)
         if stream is not None:
             return stream
     data = replace(settings.data, text=moved or tuple(origin["path"] for origin in manifest["data"]))

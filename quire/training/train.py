@@ -26,7 +26,7 @@ from quire.training.clock import read_decisions
 from quire.training.curriculum import Curriculum, shortened
 from quire.training.distributed import World, join
 from quire.training.loop import Trainer
-from quire.training.resume import reopened, resume, training_lock
+from quire.training.resume import reopened, resume, settings_of, training_lock
 from quire.training.settings import LENGTHS, Settings, TrainingSettings
 from quire.training.texts import STANDARD_INPUT, given_text, load_data
 from quire.training.threads import find_threads, in_words, prepare_machine
@@ -58,11 +58,14 @@ def train_run(
     world = join(settings.training.timeout)
     if not world.leads:
         return trained_along(world.follow(BEGUN), began)
-    if before := begun_before(settings, path):
-        return trained_again(world, before, began)
     with world.leading(BEGUN) as told:
-        run, training, prepared, device, begin, keep = new_run(settings, path, loaded)
-        told["result"] = f"train {run.path}"
+        if before := begun_before(settings, path):
+            told["result"] = f"resume {before}"
+        else:
+            run, training, prepared, device, begin, keep = new_run(settings, path, loaded)
+            told["result"] = f"train {run.path}"
+    if before:
+        return resume(before, began=began)
     return train_created(run, training, prepared, device, began, begin, keep)
 
 
@@ -88,7 +91,7 @@ def new_run(
     path = path or free_path(texts[0])
     measure = settings.training.threads == 0
     device, threads = prepare_machine(settings.training)
-    settings = replace(settings, training=replace(settings.training, threads=threads))
+    settings = replace(settings, training=replace(settings.training, threads=threads * processes.local_size()))
     if loaded:
         prepared, origins = loaded.prepared, loaded.origins
     else:
@@ -111,27 +114,26 @@ def begun_before(settings: Settings, path: Path | None) -> Path | None:
     for place in [path] if path else names_after(named[0]):
         if not place.exists():
             break
-        if (place / "config.toml").is_file() and Run(place).manifest.get("launch") == processes.launch():
-            return place
+        manifest = place / "manifest.json"
+        if manifest.is_file() and files.read_json(manifest).get("launch") == processes.launch():
+            if (place / "config.toml").is_file():
+                return place
+            files.remove(place)  # killed before it was a run
+            break
     return None
 
 
-def trained_again(world: World, path: Path, began: float) -> Run:
-    """Let all processes go on with a run that they began."""
-    with world.leading(BEGUN) as told:
-        told["result"] = f"resume {path}"
-    return resume(path, began=began)
-
-
-def trained_along(told: str, began: float, begin: Callable[[Trainer], object] = Trainer.load) -> Run:
+def trained_along(told: str, began: float, begin: Callable[[Trainer], object] = Trainer.begin) -> Run:
     """Train the run that the leading process has begun, and `begin`s with too."""
     how, _, path = told.partition(" ")
     if how == "resume":
         return resume(path, began=began)
-    trainer = reopened(Run(path), began=began)
-    begin(trainer)
-    trainer.fit()
-    return trainer.run
+    run = Run(path)
+    with join(settings_of(run).timeout).explained():
+        trainer = reopened(run, began=began, looked_at=processes.beside_leader())
+        begin(trainer)
+        trainer.fit()
+    return run
 
 
 def check_length(training: TrainingSettings) -> None:
@@ -167,7 +169,7 @@ def train_created(
     deleted, unless it is to be kept: it may hold the only copy of a text."""
     trainer = None
     try:
-        with training_lock(run):
+        with join(training.timeout).explained(), training_lock(run):
             trainer = Trainer(run, training, prepared.training, device, began)
             begin(trainer)
             announce(run, trainer)

@@ -29,4 +29,11 @@ def _after(trainer: Trainer, steps: int) -> dict[str, torch.Tensor]:
     trainer.wrap_model()
     for _ in range(steps):
         trainer.update()
-    return trainer.tensors()
+    return everything(trainer)
+
+
+def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """What must be equal where two trainings are the same, as tensors by name."""
+    copies = {name: tensor.to("cpu", copy=True) for name, tensor in trainer.saving.tensors().items()}
+    state, cursor = trainer.state, trainer.state.cursor
+    return {**copies, "cursor": torch.tensor([state.stage, cursor.epoch, cursor.position, state.step])}

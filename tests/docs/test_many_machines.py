@@ -21,8 +21,9 @@ SCRIPT = re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 SMALL = "--steps 12 --model.layers 1 --model.heads 2 --model.context-length 16 --model.embedding-size 16"
 SMALL += " --batch-size 2 --sample-tokens 0 --device cpu --preset gpt-mini"
 STAND_INS = {
-    "srun": '#!/bin/sh\n"$@" &\nfirst=$!\n"$@"\ncode=$?\nwait $first || code=$?\nexit $code\n',  # on two machines
-    "scontrol": "#!/bin/sh\necho localhost\necho node1\n",
+    # Two tasks, as on two machines; what reaches srun it passes on to them.
+    "srun": '#!/bin/sh\n"$@" & one=$!\n"$@" & two=$!\ntrap "kill -TERM $one $two" TERM\n' + 2 * "wait $one $two\n",
+    "scontrol": '#!/bin/sh\n[ "$1" = requeue ] && echo "$2" >> requeued\necho localhost\necho node1\n',
     "torchrun": f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n',
 }
 
@@ -78,7 +79,7 @@ def test_the_job_trains_and_put_into_the_queue_again_resumes(desk):
     for number in range(2):
         job = subprocess.Popen(
             ["bash", "train.sh"], cwd=desk, env=environment(desk, **slurm, SLURM_RESTART_COUNT=str(number)),
-            stderr=subprocess.PIPE, text=True, start_new_session=True,
+            stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         said = ""
         for line in job.stderr:
@@ -88,9 +89,10 @@ def test_the_job_trains_and_put_into_the_queue_again_resumes(desk):
         before = len(lines_of(run))
         while len(lines_of(run)) < before + 2:
             assert job.poll() is None, said
-        os.killpg(job.pid, 15)  # every process of the job step, torchrun and its children, as SLURM does
+        job.terminate()  # the script alone, as SLURM does
         said += job.communicate(timeout=120)[1]
         assert "Stopped at step" in said and said.count("quire resume") == 1, said
         stopped.append(int(re.search(r"Stopped at step (\d+) and saved", said)[1]))
     assert 0 < stopped[0] < stopped[1]
+    assert (desk / "requeued").read_text().split() == ["7", "7"]
     assert json.loads((run / "manifest.json").read_text())["world_size"] == 2

@@ -114,6 +114,9 @@ def work(folder: Path) -> None:
     show = console.print
     console.print = lambda text, **style: said.append(text) or show(text, **style)
     assert call(json.loads((folder / "words.json").read_text())) == 0
+    again = ["--run", str(folder / "again"), "--steps=2", "--parallel=fsdp"]  # another one in the same processes
+    assert call([*json.loads((folder / "words.json").read_text()), *again]) == 0
+    assert call(["resume", str(folder / "again"), "--steps=2"]) == 0
     world = join(TrainingSettings.timeout)
     result: dict[str, Any] = {"said": "\n".join(said), "wrong": out_of_step(folder, world)}
     result["ways"] = {each.way: vars(each) for each in agreement.agreements(world, CPU, STEPS)}

@@ -20,14 +20,15 @@ import pytest
 import torch
 
 import quire
-from quire import checkpoint, processes
+from quire import checkpoint, files, processes
 from quire.cli.main import call
 from quire.errors import UserError
 from quire.run import Run
 from quire.training import agreement
 from quire.training import resume as resuming
 from quire.training.distributed import World
-from quire.training.settings import TrainingSettings
+from quire.training.settings import Settings, TrainingSettings
+from quire.training.train import begun_before
 
 EXERCISE = Path(__file__).with_name("exercise_processes.py")
 SMALL = {"layers": 1, "embedding_size": 16, "heads": 2, "context_length": 16}
@@ -48,8 +49,8 @@ def flags(run: Path, text: Path) -> list[str]:
     return words + [f"--{name.replace('_', '-')}={value}" for name, value in TRAINING.items()]
 
 
-def start(folder: Path, size: int, command: list[str]) -> list[subprocess.Popen[str]]:
-    """The same command in `size` processes that know of each other."""
+def start(folder: Path, size: int, command: list[str], **differing: list[str]) -> list[subprocess.Popen[str]]:
+    """The same command in `size` processes that know of each other, with variables that differ among them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -57,7 +58,8 @@ def start(folder: Path, size: int, command: list[str]) -> list[subprocess.Popen[
     return [
         subprocess.Popen(
             [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
-            env=environment(folder, **names, RANK=str(rank), LOCAL_RANK=str(rank)),
+            env=environment(folder, **names, RANK=str(rank), LOCAL_RANK=str(rank),
+                            **{name: each[rank] for name, each in differing.items()}),
         )
         for rank in range(size)
     ]  # fmt: skip
@@ -106,11 +108,12 @@ def test_a_process_that_is_out_of_step_would_be_seen(found):
 
 def test_the_leading_process_alone_writes_and_the_run_says_who_trained(folder, found):
     run = Run(folder / "run")
+    assert Run(folder / "again").metrics()[-1]["step"] == 4
     assert run.manifest["world_size"] == 2 and run.manifest["tokens_per_rank"] == [32, 48]
     metrics = run.metrics()
     assert [line["step"] for line in metrics] == sorted({line["step"] for line in metrics})
     assert metrics[-1]["step"] == 12 and metrics[-1]["tokens"] > 12 * 5 * 15
-    assert [process["said"].count("Training ") for process in found] == [1, 0]
+    assert [process["said"].count("Training ") for process in found] == [2, 0]
     assert "curves differ with the number of processes" in found[0]["said"]
 
 
@@ -178,8 +181,17 @@ def test_a_flipped_bit_in_a_shard_is_refused_by_name(folder, tmp_path, found):
     assert found[1]["sharded"]["damaged"] == damaged
 
 
+def test_what_is_gathered_in_bfloat16_measures_and_writes_too(lab):
+    run = lab.train("run", steps=4, parallel="fsdp", precision="bfloat16", sample_tokens=5)
+    plain = lab.train("plain", steps=4, precision="bfloat16", sample_tokens=5)
+    losses = [each.metrics()[-1]["validation_loss"] for each in (run, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert "```text" in (run.path / "samples.md").read_text()
+
+
 def test_one_process_shards_for_itself(lab):
     run = lab.train("run", steps=12, parallel="fsdp")
+    assert resuming.verify(run) is None
     assert checkpoint.is_sharded(run.folder("last"))
     plain = lab.train("plain", steps=12)
     for name, tensor in run.checkpoint().model.items():
@@ -242,25 +254,33 @@ def test_a_killed_process_costs_nothing(folder, found):
     assert curves[0] == curves[1]
 
 
+def test_each_machine_counts_restarts_by_itself(folder):
+    """One process that was started again is enough, and they find each other all the same."""
+    asks = "from quire import processes; print(processes.restarted(), processes.first_to_say('once'))"
+    started = start(folder, 2, ["-c", asks], TORCHELASTIC_RESTART_COUNT=["0", "1"])
+    said = [out.split() for code, out, _ in ended(started) if code == 0]
+    assert sorted(said) == [["True", "False"], ["True", "True"]]
+
+
 def test_a_run_of_another_launch_is_not_gone_on_with(folder, found, monkeypatch):
     """A run that was there before is refused, also by processes that torchrun has started again."""
-    from quire.training.settings import Settings
-    from quire.training.train import begun_before
-
     run = folder / "run"
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "none",
-        "TORCHELASTIC_RESTART_COUNT": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "restarted", lambda: True)
     monkeypatch.setattr(processes, "launch", lambda: Run(run).manifest["launch"])
     assert begun_before(Settings(), run) == run
     monkeypatch.setattr(processes, "launch", lambda: "another")
     assert begun_before(Settings(), run) is None
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setattr(processes, "restarted", lambda: False)
     assert begun_before(Settings(), run) is None
+
+
+def test_what_was_killed_before_it_was_a_run_makes_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "restarted", lambda: True)
+    monkeypatch.setattr(processes, "launch", lambda: "this")
+    for launch in ("this", "another"):
+        files.write_json(tmp_path / launch / "manifest.json", {"launch": launch})
+        assert begun_before(Settings(), tmp_path / launch) is None
+    assert not (tmp_path / "this").exists() and (tmp_path / "another").exists()
 
 
 def trained_until(folder: Path, run: Path, step: int, *more: str) -> list[subprocess.Popen[str]]:
@@ -307,5 +327,6 @@ def test_what_one_process_does_is_refused_of_several(lab, monkeypatch, capsys):
         resuming.verify(run)
     monkeypatch.setattr(processes, "world_size", lambda: 2)
     monkeypatch.setattr(processes, "first_to_say", lambda sentence: True)
+    monkeypatch.setattr(processes, "end", lambda sentence: None)
     assert call(["generate", str(run.path)]) == 2
     assert "quire generate runs in one process: call it without torchrun." in capsys.readouterr().err
