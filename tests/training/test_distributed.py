@@ -4,6 +4,7 @@ exercise_processes.py runs as two processes that find each other as under torchr
 folder, and the tests read it there. Kills are torchrun's own matter, and go through it.
 """
 
+import errno
 import json
 import os
 import random
@@ -179,6 +180,20 @@ def test_a_flipped_bit_in_a_shard_is_refused_by_name(folder, tmp_path, found):
     damaged = found[0]["sharded"]["damaged"]
     assert "shard-00002-model-00001-of-00002.safetensors is damaged: tensor model." in damaged
     assert found[1]["sharded"]["damaged"] == damaged
+
+
+def test_a_full_disk_is_said_where_parts_are_written(lab, monkeypatch):
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    def full(writer: Any, plan: Any, planner: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(writer.path))
+
+    run = lab.train("run", steps=4, parallel="fsdp")
+    before = lab.contents(run.folder("last"))
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        resuming.resume(run, steps=4)
+    assert lab.contents(run.folder("last")) == before
 
 
 def test_what_is_gathered_in_bfloat16_measures_and_writes_too(lab):
