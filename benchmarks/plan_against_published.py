@@ -126,7 +126,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for found in rows:
         dollars = [f"{found[name]:,.0f}" if found[name] else "-" for name in ("published_dollars", "planned_dollars")]
-        most = ", ".join(str(found["largest_micro_batch"][way]) for way in ("ddp", "fsdp"))
+        most = ", ".join(
+            str(found["largest_micro_batch"][way]) for way in ("ddp", "fsdp") if way in found["largest_micro_batch"]
+        )
         cells = [
             f"[{found['run']}, {found['card']}]({found['address']})",
             f"{found['tokens'] / 1e9:.1f} G",

@@ -49,7 +49,9 @@ def show_agreements(as_json: bool) -> int:
     from quire.training.distributed import join, own_device
 
     if not processes.launched():
-        raise UserError("Start the processes with torchrun: torchrun --nproc-per-node 2 -m quire doctor --distributed")
+        raise UserError(
+            "Start the processes with torchrun: torchrun --nproc-per-node 2 -m -- quire doctor --distributed"
+        )
     world, device = join(TIMEOUT), own_device(choose_device())
     with world.explained():
         found = agreements(world, device)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from quire import processes
 from quire.errors import UserError
 
 T = TypeVar("T")
@@ -35,7 +36,8 @@ def parse(kind: type[T], words: list[str], command: str, default: T | None = Non
             if isinstance(cause, UserError):
                 raise cause from None
             cause = cause.__context__
-        sys.stderr.write(boxes.getvalue())
+        if processes.leads():
+            sys.stderr.write(boxes.getvalue())
         raise
 
 

@@ -122,5 +122,5 @@ def told(sentence: str, code: int) -> int:
     if processes.first_to_say(sentence):
         print(sentence, file=sys.stderr, flush=True)
     if code == 2:
-        processes.end(sentence)
+        processes.end(sentence.removeprefix("quire: "))
     return code

@@ -173,6 +173,8 @@ def elsewhere(words: list[str], given: Arguments) -> int:
         raise UserError(
             "--devices tells the time that a length in tokens takes: give --tokens or --steps, no --minutes."
         )
+    if "--fastest" in words:
+        raise UserError("--devices plans for a network without n-grams beside it. Leave out --fastest.")
     found = cluster.planned(settings_of(given, words), given.devices, given.card, given.price)
     commands = [command(words, given, found, way) for way in found.ways]
     if given.json:
@@ -239,12 +241,15 @@ def span(days: float) -> str:
 
 def cells(name: str, columns: list[str]) -> str:
     """A line of the table."""
-    return f"{name:20}" + "".join(f"{text:>18}" for text in columns)
+    return f"{name:20}" + "".join(f" {text:>18}" for text in columns)
 
 
 def command(words: list[str], given: Arguments, plan: cluster.ClusterPlan, way: cluster.Way) -> str:
     """The command that trains this way: the flags that were given, with the batch as it is taken here."""
-    left = without(words, ("--devices", "--card", "--price", "--batch-size", "--accumulation-steps"))
+    lengths = ("--tokens", "--steps") if plan.chinchilla else ()
+    left = without(
+        words, ("--devices", "--card", "--price", "--batch-size", "--accumulation-steps", "--parallel", *lengths)
+    )
     left = [word for word in left if word not in ("--json", "--gradient-checkpointing")]
     flags = [f"--batch-size {way.micro_batch * plan.devices} --accumulation-steps {way.accumulation_steps}"]
     if plan.chinchilla:

@@ -188,7 +188,9 @@ class Training:
             ahead, group = replace(data.cursor), []
             for _ in range(int(min(step - data.taken % step, trainer.num_training_batches - data.taken))):
                 group.append((data.batches.take(ahead, size), replace(ahead)))
-            mean = sum(batch.counted for batch, _ in group) / len(group)
+            mean = (
+                sum(batch.counted for batch, _ in group) / step
+            )  # by which Lightning divides, also where an epoch ends
             for batch, after in group:
                 data.cursor, data.taken = after, data.taken + 1  # as it is when this batch has been trained on
                 own = batch.split(world)[rank]

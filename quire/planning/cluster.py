@@ -167,8 +167,9 @@ class Cluster:
     clips: bool = True  # whether gradients are clipped
 
     def ways(self, recomputed: bool) -> list[Way]:
-        """The ways to spread it: ddp and fsdp, or one card; and recomputing where that makes it fit, or faster."""
-        names = ["ddp", "fsdp"] if self.devices > 1 else [""]
+        """The ways to spread it: ddp and fsdp (but for Muon, which wants whole matrices), or one card; and recomputing
+        where that makes it fit, or faster."""
+        names = [""] if self.devices == 1 else ["ddp"] if self.work.orthogonalizing else ["ddp", "fsdp"]
         found = [self.way(name, recomputed) for name in names]
         if not recomputed:
             other, last = self.way(names[-1], True), found[-1]

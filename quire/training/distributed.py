@@ -114,8 +114,8 @@ class World:
             yield told
         except BaseException as error:
             if self.size > 1:
-                reason = str(error) if isinstance(error, UserError) else type(error).__name__
-                processes.store().set(processes.numbered(what), f"{type(error).__name__}: {reason}")
+                kind = "mistake" if isinstance(error, UserError) else "failure"
+                processes.store().set(processes.numbered(what), f"{kind}: {error}")
             raise
         if self.size > 1 and "result" in told:
             processes.store().set(processes.numbered(what), f"result: {told['result']}")
@@ -126,11 +126,12 @@ class World:
         with self.explained():
             self._wait_for([key])
             kind, _, text = store.get(key).decode().partition(": ")
-        if kind == "UserError":
-            raise UserError(text)  # which the leading process says
-        if kind != "result":
-            raise Lost(f"Process 0 ended: {text}.")
-        return text
+        if kind == "result":
+            return text
+        until = time.monotonic() + LISTENING  # a full disk, say, has its sentence only where the command ends
+        while kind == "failure" and not (told := self.why_ended()) and time.monotonic() < until:
+            time.sleep(LOOKING)
+        raise UserError(text if kind == "mistake" else told) if kind == "mistake" or told else Lost("Process 0 failed.")
 
     def assemble(self) -> None:
         """Wait until all are here, however long one of them prepares what it needs."""
@@ -188,7 +189,7 @@ class World:
 
     def who_is_missing(self) -> str:
         """A sentence about those processes that do not say within a moment that they are there."""
-        remedy = "Training stopped; quire resume, or the same command under torchrun, goes on from the last checkpoint."
+        remedy = "Training stopped; quire resume goes on from the last checkpoint."
         try:
             store = processes.store()
             store.set(f"here/{self.rank}", "")

@@ -277,8 +277,8 @@ def test_the_table_and_the_command_to_run(desk: Path, quire) -> None:
                  "tokens a second", "of the peak (MFU)", "time", "dollars"):  # fmt: skip
         assert any(line.strip().startswith(name) for line in lines), name
     words = shlex.split(lines[-1])
-    assert words[:6] == ["torchrun", "--nproc-per-node", "8", "-m", "quire", "train"]
-    assert words[6:9] == ["TEXT", "--preset", "gpt2-xl"] and words[-2:] == ["--parallel", "fsdp"]
+    assert words[:7] == ["torchrun", "--nproc-per-node", "8", "-m", "--", "quire", "train"]
+    assert words[7:10] == ["TEXT", "--preset", "gpt2-xl"] and words[-2:] == ["--parallel", "fsdp"]
 
 
 def test_json_has_every_number_and_each_command(desk: Path, quire) -> None:
