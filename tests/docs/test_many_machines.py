@@ -66,7 +66,13 @@ def test_every_command_of_the_page_is_one_that_is_tried():
     assert [shlex.split(command)[0] for command in COMMANDS] == ["torchrun"] * 4 and len(SCRIPT) == 1
     assert "doctor --distributed" in COMMANDS[1] and "--max-restarts" in COMMANDS[2] and "--nnodes 2" in COMMANDS[3]
     flags = [word for word in shlex.split(COMMANDS[3]) if word.startswith("--")]
-    assert set(flags) <= set(shlex.split(SCRIPT[0])) | {"--run", "--steps", "--parallel"}  # the job's, tried below
+    assert set(flags) <= set(shlex.split(SCRIPT[0])) | {
+        "--run",
+        "--steps",
+        "--parallel",
+        "--optimizer",
+        "--batch-size",
+    }  # the job's, tried below
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
