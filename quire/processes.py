@@ -13,6 +13,8 @@ from functools import cache
 from typing import Any
 from uuid import uuid4
 
+from quire.errors import UserError
+
 STORE_SECONDS = 60.0  # for processes to find the store, and one another
 LOOKING = 0.02  # seconds between two looks at the store
 
@@ -76,7 +78,8 @@ def meeting() -> tuple[Any, bool]:
     """Find the other processes; gives the store with keys of their own, and whether any of them was started again.
 
     torchrun's store may keep the keys of processes that have ended, and each machine counts restarts by itself. So the
-    first process names this start, and answers each other one, which writes a number of its own, under that name.
+    first process gives this start a name; each other one says hello with a word of its own, and takes the name for
+    true once the first has answered that word under it.
     """
     from datetime import timedelta
 
@@ -84,42 +87,48 @@ def meeting() -> tuple[Any, bool]:
     from torch.distributed.rendezvous import rendezvous
 
     found, own, size = next(rendezvous("env://", timeout=timedelta(seconds=STORE_SECONDS)))
-    count, name = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), uuid4().hex
-    until = time.monotonic() + STORE_SECONDS
-    told: dict[int, str] = {}  # restarts, by the number of the process that told them
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if own == 0:
-        found.set("quire/start", name)
-    while len(told) < (size - 1 if own == 0 else 1):
-        if time.monotonic() > until:
-            raise RuntimeError(f"timed out: after {STORE_SECONDS:.0f} s some of {size} processes have not been met")
-        for rank in range(1, size) if own == 0 else [own]:
-            answer = _greeted(found, rank, name) if own == 0 else _greet(found, rank, name)
-            if answer:
-                told[rank] = answer
-        time.sleep(LOOKING)
-    start = name if own == 0 else told[own]
-    place = PrefixStore(f"quire/{start}", found)
-    if own == 0:
-        place.set("restarts", str(max([count, *map(int, told.values())])))
+        start, others = _welcome(found, size)
+        place = PrefixStore(f"quire/{start}", found)
+        place.set("restarts", str(max(restarts, others)))
+    else:
+        place = PrefixStore(f"quire/{_arrive(found, own, restarts)}", found)
     return place, int(place.get("restarts")) > 0
 
 
-def _greet(found: Any, rank: int, own: str) -> str:
-    """What a process other than the first says; gives the name of this start, once the first one has answered."""
-    found.set(f"quire/hello/{rank}", own)
-    start = found.get("quire/start").decode()
-    if not found.check([f"quire/{start}/hello/{own}"]):
-        return ""
-    found.set(f"quire/{start}/met/{rank}", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+def _welcome(found: Any, size: int) -> tuple[str, int]:
+    """Name this start, and answer each other process; gives the name, and how often one of them was started again."""
+    start, missing, restarts = uuid4().hex, set(range(1, size)), 0
+    found.set("quire/start", start)
+    until = time.monotonic() + STORE_SECONDS
+    while missing:
+        for rank in sorted(missing):
+            hello, met = f"quire/hello/{rank}", f"quire/{start}/met/{rank}"
+            if found.check([hello]):  # perhaps of one that has ended, which will not say that they have met
+                found.set(f"quire/{start}/{found.get(hello).decode()}", "")
+            if found.check([met]):
+                restarts = max(restarts, int(found.get(met)))
+                missing.remove(rank)
+        _wait(until, f"of {size} processes {len(missing)} have not come")
+    return start, restarts
+
+
+def _arrive(found: Any, rank: int, restarts: int) -> str:
+    """Say hello to the first process; gives the name of this start."""
+    word = uuid4().hex
+    found.set(f"quire/hello/{rank}", word)
+    until = time.monotonic() + STORE_SECONDS
+    while not found.check([f"quire/{(start := found.get('quire/start').decode())}/{word}"]):
+        _wait(until, "process 0 has not come")
+    found.set(f"quire/{start}/met/{rank}", str(restarts))
     return start
 
 
-def _greeted(found: Any, rank: int, start: str) -> str:
-    """What the first process answers; gives how often the other one was started again, once that has heard it."""
-    if found.check([f"quire/hello/{rank}"]):
-        found.set(f"quire/{start}/hello/{found.get(f'quire/hello/{rank}').decode()}", "")
-    met = f"quire/{start}/met/{rank}"
-    return found.get(met).decode() if found.check([met]) else ""
+def _wait(until: float, what: str) -> None:
+    if time.monotonic() > until:
+        raise UserError(f"In {STORE_SECONDS:.0f} seconds {what}. See what they said, and start all of them again.")
+    time.sleep(LOOKING)
 
 
 @cache
@@ -139,7 +148,7 @@ def first_to_say(sentence: str) -> bool:
         return True
     try:
         return store().add(f"said/{zlib.crc32(sentence.encode())}", 1) == 1
-    except (RuntimeError, OSError):  # the store has gone, and with it everyone who might have said it
+    except (RuntimeError, OSError, UserError):  # the store has gone, and with it everyone who might have said it
         return True
 
 
@@ -148,7 +157,7 @@ def end(sentence: str) -> None:
     if world_size() > 1:
         try:
             store().set("ended", sentence)
-        except (RuntimeError, OSError):
+        except (RuntimeError, OSError, UserError):
             return  # the store has gone
 
 

@@ -131,7 +131,7 @@ def test_a_reader_is_not_disturbed_by_saves(folder, monkeypatch):
     writer = threading.Thread(target=save_for_ever)
     writer.start()
     try:
-        for _ in range(150):
+        for _ in range(60):
             found = checkpoint.load(folder)
             assert_equal(found, *generated(found.state["step"]))
     finally:

@@ -72,7 +72,7 @@ class Clock:
     """Wall time since `began` (time.time() at the command's start), and the decisions made by it."""
 
     def __init__(self, began: float, record: Path, threads: int = 0, world: World = ALONE) -> None:
-        self.began, self.record, self.threads, self.world = began, record, threads, world
+        self.began, self.record, self.threads, self.world = world.first(began), record, threads, world
         self.decisions = read_decisions(record) if record.exists() else {}
         self.evaluation_seconds = 0.0  # what one took last; 0: not known yet
         self.step_seconds = 0.0  # what a step takes
@@ -81,7 +81,7 @@ class Clock:
 
     def elapsed(self) -> float:
         """Seconds since the command began; of several processes, which decide alike, by the leading one's clock."""
-        return self.world.first(time.time() - self.began)
+        return self.world.first(time.time()) - self.began
 
     def start_measuring(self, step: int) -> None:
         """Steps from here on are measured: called where an evaluation ends."""

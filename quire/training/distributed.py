@@ -26,7 +26,7 @@ from quire.devices import out_of_memory
 from quire.errors import UserError
 from quire.layers.ngram_embedding import NgramEmbedding
 
-LISTENING = 5.0  # seconds in which those that are still there say so, after one is missed
+LISTENING = 3.0  # seconds in which those that are still there say so, after one is missed
 LOOKING = 0.2  # seconds between two looks at the store
 # What torch's backends say where another process has gone or hangs; gloo's errors have no type of their own.
 LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "socket", "broken pipe")
@@ -90,6 +90,10 @@ class World:
         tensor = torch.tensor(number, dtype=torch.float64)
         distributed.broadcast(tensor, 0)
         return float(tensor)
+
+    def told(self, *numbers: float) -> list[list[float]]:
+        """Each number as all processes have it, in their order: one message for all of them."""
+        return torch.stack(self.gathered(torch.tensor(numbers, dtype=torch.float64))).T.tolist()
 
     def gathered(self, tensor: Tensor) -> list[Tensor]:
         """The tensors (of one shape, on the CPU) of all processes."""

@@ -84,6 +84,7 @@ class Trainer:
         self.saving = Saving(run, self.model, self.optimizers, self.scaler, self.world, settings)
         self.saved = 0.0  # seconds of the run at its last checkpoint
         self.signals = Signals()
+        self.signal, self.now = 0, began  # what any process was sent, and the first one's time, as of the last step
         self.wrapped: Any = None  # the model as the engine calls it, perhaps compiled; made when training starts
 
     # ---- the loop ----
@@ -114,12 +115,12 @@ class Trainer:
                     fifth = math.floor(state.progress * SAVES) > math.floor(before * SAVES)
                     if fifth or state.seconds - self.saved > SAVE_SECONDS:
                         self.save("last")
-                if (signal := self.world.largest(self.signals.received)) and not state.finished:
+                signal = self.signal if self.world.size > 1 else self.signals.received
+                if signal and not state.finished:
                     self.save("last")
                     self.saving.finish()
-                    raise Stopped(
-                        int(signal), f"Stopped at step {state.step} and saved. Go on: quire resume {self.run.path}"
-                    )
+                    said = f"Stopped at step {state.step} and saved. Go on: quire resume {self.run.path}"
+                    raise Stopped(signal, said)
             self.saving.finish()
 
     def wrap_model(self) -> None:
@@ -149,7 +150,9 @@ class Trainer:
         clip = settings.gradient_clip or math.inf
         norm: Any = nn.utils.clip_grad_norm_(self.clipped, clip)
         self.gradient_norm = float(norm.full_tensor() if self.sharded else norm)
-        self.step_optimizers(self.world.sum(float(loss))[0])
+        losses, signals, times = self.world.told(float(loss), self.signals.received, time.time())
+        self.signal, self.now = int(max(signals)), times[0]
+        self.step_optimizers(sum(losses))
         self.model.zero_grad(set_to_none=True)
         state.step += 1
         state.tokens += batch.among
@@ -208,10 +211,8 @@ class Trainer:
         """The share of the peak learning rate at this step."""
         state, settings = self.state, self.settings
         schedule, step = SCHEDULES[settings.schedule], state.step - state.start
-        share = warmed_up(
-            schedule, step, settings.warmup_steps, state.progress, settings.decay_floor, settings.decay_share
-        )
-        return share * state.lowered
+        shape = settings.warmup_steps, state.progress, settings.decay_floor, settings.decay_share
+        return state.lowered * warmed_up(schedule, step, *shape)
 
     def step_optimizers(self, loss: float) -> None:
         """Apply the gradients, unless the loss is not to be trusted: then the policy says what happens."""
@@ -245,7 +246,7 @@ class Trainer:
     def advance(self) -> None:
         """Let progress follow the step just taken; under --minutes the clock may correct it."""
         state = self.state
-        state.seconds = self.clock.elapsed()
+        state.seconds = self.now - self.clock.began
         if state.end:
             state.progress = (state.step - state.start) / (state.end - state.start)
         else:
@@ -389,10 +390,8 @@ class Trainer:
         """Take up the last checkpoint; False where the run was stopped before its first, and begins anew."""
         folder = self.run.last_folder()
         if folder is None and "finetuned_from" in self.run.manifest:
-            raise UserError(
-                f"{self.run.path} was stopped before it had the weights of {self.run.manifest['finetuned_from']}."
-                " Delete it, and fine-tune again."
-            )
+            base = self.run.manifest["finetuned_from"]
+            raise UserError(f"{self.run.path} has none of the weights of {base} yet. Delete it, and fine-tune again.")
         if folder is None:
             self.begin()
         else:

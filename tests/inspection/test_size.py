@@ -55,10 +55,13 @@ def test_a_window_s_cache_is_no_larger_in_a_longer_context():
     assert short == long
 
 
-def test_the_command_lists_every_preset(quire, capsys):
+def test_the_command_lists_every_preset(quire, capsys, monkeypatch):
+    """Those that there are; all of them, which take a while, in the README's test."""
+    some = {name: PRESETS[name] for name in ("default", "gpt2", "gpt2-xl", "lstm", "seq2seq-copy")}
+    monkeypatch.setattr(models, "PRESETS", some)
     said = quire("models", "--json")
     rows = json.loads(said.out)["models"]
-    assert said.code == 0 and {row["preset"] for row in rows} == set(PRESETS)
+    assert said.code == 0 and {row["preset"] for row in rows} == set(some)
     gpt2 = next(row for row in rows if row["preset"] == "gpt2")
     assert gpt2["parameters"] == 124_439_808 and gpt2["kind"] == "gpt"
     assert all(row["checkpointed_training_bytes"] < row["training_bytes"] for row in rows)

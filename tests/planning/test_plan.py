@@ -56,7 +56,8 @@ def test_json_has_every_number(desk: Path, quire) -> None:
     found = json.loads(said.out)
     assert list(found) == [field.name for field in fields(Plan)]
     assert found["recipe"] in table()["recipes"] and found["kind"] == "modern"
-    assert found["seconds"] == 60 and found["steps"] > 0 and found["step_seconds"] > 0
+    assert 0 < found["seconds"] <= 60  # on a fast machine less: longer, it would learn so short a text by heart
+    assert found["steps"] > 0 and found["step_seconds"] > 0
     assert found["tokens"] == found["steps"] * found["batch_size"] * found["context_length"]
     assert found["bytes"] == pytest.approx(0.9 * Path("book.txt").stat().st_size, rel=0.02)
     assert len(found["counted"]) == 5 and all(0 < bits < 8 for bits in found["counted"])
@@ -235,8 +236,7 @@ def building(**flags: Any) -> Callable[[Table], Settings]:
     return lambda recipe: typed(layered("default", flags=merged(recipe, over)))
 
 
-@pytest.mark.parametrize("minutes", [0.5, 2.5])
-@pytest.mark.parametrize("step_seconds", [1e-4, 0.01, 1.0])
+@pytest.mark.parametrize(("minutes", "step_seconds"), [(0.5, 1e-4), (0.5, 1.0), (2.5, 0.01), (2.5, 1.0)])
 def test_training_takes_what_the_plan_said(minutes: float, step_seconds: float, on_machine) -> None:
     on_machine(step_seconds)
     build = building(training={"minutes": minutes})

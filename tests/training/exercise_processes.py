@@ -24,7 +24,7 @@ from quire.training.loop import Trainer
 from quire.training.settings import TrainingSettings
 
 CPU = torch.device("cpu")
-STEPS = 10  # of the comparison with one process
+STEPS = 6  # of the comparison with one process
 
 
 def sharded(folder: Path, world: World) -> dict[str, Any]:
