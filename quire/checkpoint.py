@@ -46,14 +46,13 @@ def load_model_tensors(model: nn.Module, tensors: Tensors, origin: Path | str) -
     """Copy `tensors` into the model; a missing, unknown or misshapen one is a UserError naming it and `origin`."""
     own = model_tensors(model)
     check_names(own, tensors.keys(), origin)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if tensor.shape != tensors[name].shape:
-                raise UserError(
-                    f"{origin} does not fit this model's settings: {name} is {tuple(tensors[name].shape)} there,"
-                    f" and {tuple(tensor.shape)} here."
-                )
-            put(tensor, tensors[name])
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise UserError(
+                f"{origin} does not fit this model's settings: {name} is {tuple(tensors[name].shape)} there,"
+                f" and {tuple(tensor.shape)} here."
+            )
+        put(tensor, tensors[name])
 
 
 def check_names(own: Tensors, found: Iterable[str], origin: Path | str) -> None:

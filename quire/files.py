@@ -56,22 +56,25 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_by(path: Path, writer: Callable[[Path], object]) -> None:
-    """Let `writer(new_path)` produce a file beside `path`, then fsync it and rename it into place."""
-    new = beside(path)
+def write_by(path: Path, writer: Callable[[Path], object], new: Path | None = None, settled: bool = True) -> None:
+    """Let `writer(new_path)` produce a file beside `path` (as `new`), then fsync it and rename it into place; what is
+    not to be `settled` is renamed at once."""
+    new = new or beside(path)
     operation("make", path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         operation("write", path)
         writer(new)
-        _sync(new)
+        if settled:
+            _sync(new)
         operation("rename", path)
         os.replace(new, path)
     except BaseException:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    if settled:
+        _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -101,18 +104,8 @@ def open_new(path: Path) -> BinaryIO:
 def write_unsynced(path: Path, data: bytes) -> None:
     """Write the whole file or nothing, of which a power cut may leave anything: for what has a checksum elsewhere and
     can be had again. Several processes may write the same file at once."""
-    new = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.new")
-    operation("make", path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        operation("write", path)
-        new.write_bytes(data)
-        operation("rename", path)
-        os.replace(new, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
-        raise
+    own = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.new")
+    write_by(path, lambda new: new.write_bytes(data), own, settled=False)
 
 
 def touch(path: Path) -> None:

@@ -23,6 +23,8 @@ STEPS, STOP = 9, 4  # an epoch of text.txt has 6
 SHAPE = {"layers": 1, "embedding_size": 16, "heads": 2, "context_length": 16}
 TRAINING = {"warmup_steps": 3, "learning_rate": 0.01, "steps": STEPS}
 BATCH = 3
+QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
+         "enable_model_summary": False, "enable_checkpointing": False}  # fmt: skip
 
 
 def write_text(folder: Path) -> Path:

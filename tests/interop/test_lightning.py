@@ -30,9 +30,7 @@ from quire.training.schedules import cosine, warmed_up
 EXERCISE = Path(__file__).with_name("exercise_lightning.py")
 exercise = runpy.run_path(str(EXERCISE))
 fitted, stopped_and_resumed = exercise["fitted"], exercise["stopped_and_resumed"]
-SHAPE, TRAINING, STEPS, BATCH = (exercise[name] for name in ("SHAPE", "TRAINING", "STEPS", "BATCH"))
-QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
-         "enable_model_summary": False, "enable_checkpointing": False}  # fmt: skip
+SHAPE, TRAINING, STEPS, BATCH, QUIET = (exercise[name] for name in ("SHAPE", "TRAINING", "STEPS", "BATCH", "QUIET"))
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning advises on logging packages and numbers of workers
 

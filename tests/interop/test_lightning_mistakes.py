@@ -18,9 +18,7 @@ from quire.models.gpt import GPTSettings
 from quire.tokenizers import CharacterTokenizer
 
 exercise = runpy.run_path(str(Path(__file__).with_name("exercise_lightning.py")))
-fitted, SHAPE = exercise["fitted"], exercise["SHAPE"]
-QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
-         "enable_model_summary": False, "enable_checkpointing": False}  # fmt: skip
+fitted, SHAPE, QUIET = (exercise[name] for name in ("fitted", "SHAPE", "QUIET"))
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning advises on logging packages and numbers of workers
 
