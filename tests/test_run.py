@@ -17,8 +17,8 @@ from quire.errors import UserError
 from quire.run import Run, empty_model, token_type
 from quire.tokenizers import TOKENIZERS
 from quire.training import journal
+from quire.training.begin import free_path
 from quire.training.resume import resume
-from quire.training.train import free_path
 
 TINY = {"layers": 1, "embedding_size": 16, "heads": 2, "context_length": 16}
 SETTINGS = {"preset": "gpt-mini", "batch_size": 4, "threads": 1, "device": "cpu"}

@@ -11,7 +11,7 @@ from quire.interop import gguf, gguf_export, hugging_face, json_file, lightning_
 from quire.interop.imported import Foreign, Importer, create
 from quire.interop.pretrained import PRETRAINED
 from quire.run import Run, refuse_existing
-from quire.training.train import free_path
+from quire.training.begin import free_path
 
 IMPORTERS: dict[str, Importer] = {
     "hf": Importer(hugging_face.recognizes, hugging_face.read),

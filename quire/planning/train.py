@@ -10,11 +10,12 @@ from quire.planning.plan import Chosen, asked, follow
 from quire.planning.recipes import EXPORTABLE, FAMILIES
 from quire.progress import say
 from quire.run import Run, refuse_existing
+from quire.training.begin import BEGUN, begun_before
 from quire.training.distributed import join
 from quire.training.settings import Settings
 from quire.training.texts import is_prepared
 from quire.training.threads import in_words
-from quire.training.train import BEGUN, begun_before, train_run
+from quire.training.train import train_run
 
 
 def train(

@@ -10,10 +10,11 @@ that the same settings give the same curve with any number of processes.
 
 import atexit
 import contextlib
+import functools
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -110,19 +111,19 @@ class World:
     # ---- one after the other ----
 
     @contextlib.contextmanager
-    def leading(self, what: str) -> Iterator[dict[str, str]]:
-        """What the leading process does while the others wait in `follow` for the same thing: they get what it puts
-        under "result", if that is there already, or learn that it failed, and why."""
-        told: dict[str, str] = {}
-        try:
-            yield told
-        except BaseException as error:
+    def leading(self, what: str) -> Iterator[Callable[[str], None]]:
+        """What the leading process does while the others wait in `follow` for the same thing: they get the result that
+        it tells them by calling what this gives, or learn that it failed, and why."""
+
+        def say(kind: str, text: str) -> None:
             if self.size > 1:
-                kind = "mistake" if isinstance(error, UserError) else "failure"
-                processes.store().set(processes.numbered(what), f"{kind}: {error}")
+                processes.store().set(processes.numbered(what), f"{kind}: {text}")
+
+        try:
+            yield functools.partial(say, "result")
+        except BaseException as error:
+            say("mistake" if isinstance(error, UserError) else "failure", str(error))
             raise
-        if self.size > 1 and "result" in told:
-            processes.store().set(processes.numbered(what), f"result: {told['result']}")
 
     def follow(self, what: str) -> str:
         """The result of what the leading process does meanwhile, however long that takes."""

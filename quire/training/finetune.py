@@ -15,30 +15,17 @@ from torch import Tensor
 
 from quire import checkpoint, processes
 from quire.config import Table, merged
-from quire.data.prepare import Prepared
 from quire.data.reading import DataSettings
 from quire.data.vocabulary import Policy
 from quire.errors import UserError
 from quire.progress import say
 from quire.run import Run, refuse_existing
-from quire.training.distributed import join
+from quire.training.begin import NewRun, begin_run, free_path
 from quire.training.loop import Trainer
-from quire.training.resume import resume
 from quire.training.settings import LENGTHS, Settings, typed
 from quire.training.texts import is_prepared, open_text
 from quire.training.threads import prepare_machine
-from quire.training.train import (
-    BEGUN,
-    begun_before,
-    begun_with_threads,
-    check_length,
-    check_pairs,
-    describe,
-    fitting_pairs,
-    free_path,
-    train_created,
-    trained_along,
-)
+from quire.training.train import check_length, check_pairs, describe, fitting_pairs
 
 GENTLER = 0.25  # of the run's own learning rates
 LONGEST = 512  # tokens: the context of a fine-tuning from an imported model, where nothing else is said
@@ -98,7 +85,6 @@ def finetune_run(
     check_length(settings.training)
     if settings.training.tokenizer != str(base.path):
         raise UserError("Fine-tuning keeps the run's own tokenizer: leave --tokenizer out.")
-    world = join(settings.training.timeout)
     weights = checkpoint.load(base.trained_folder(), training=False).model
 
     def begin(trainer: Trainer) -> None:
@@ -106,24 +92,11 @@ def finetune_run(
         trainer.begin()
         trainer.measure_start()
 
-    if not world.leads:
-        return trained_along(world.follow(BEGUN), began, begin)
-    with world.leading(BEGUN) as told:
-        if before := begun_before(settings, path):
-            told["result"] = f"resume {before}"
-        else:
-            run, settings, prepared, device, measure = new_run(base, settings, path, context_length)
-            told["result"] = f"train {run.path}"
-    if before:
-        return resume(before, began=began)
-    begins = begun_with_threads(begin) if measure and world.size == 1 else begin
-    return train_created(run, settings.training, prepared, device, began, begins, keep=False)
+    return begin_run(lambda: new_run(base, settings, path, context_length), settings, path, began, begin)
 
 
-def new_run(
-    base: Run, settings: Settings, path: Path | None, context_length: int
-) -> tuple[Run, Settings, Prepared, torch.device, bool]:
-    """Make the run of a fine-tuning; gives it with its settings, and whether the number of threads is to be found."""
+def new_run(base: Run, settings: Settings, path: Path | None, context_length: int) -> NewRun:
+    """Make the run of a fine-tuning."""
     texts, further = settings.data.named, f"quire resume {base.path} --minutes 5"
     context_length = context_of(base, context_length)
     path = path or free_path(texts[0])
@@ -155,7 +128,7 @@ def new_run(
     created = Run.create(
         path, settings.tables(), prepared.tokenizer, manifest, prepared.validation[:], {}, counts=counts
     )
-    return created, settings, prepared, device, measure
+    return NewRun(created, settings.training, prepared.training, device, measure)
 
 
 def context_of(base: Run, wanted: int) -> int:

@@ -111,10 +111,10 @@ def held(run: Run, world: World) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as stack:
-        with world.leading(what) as told:
+        with world.leading(what) as tell:
             stack.enter_context(training_lock(run))
             files.sweep(run.path / "checkpoints", "state.json")
-            told["result"] = "held"
+            tell("held")
         yield
 
 

@@ -48,8 +48,8 @@ class Saving:
     def load(self, folder: Path) -> TrainingState:
         """Put the checkpoint in `folder` into model and optimizers; gives its state."""
         if self.shards and checkpoint.is_sharded(folder):
-            table, rest = self.shards.load(folder, self.model, self.optimizers)
-            states.restore_generators(rest, self.model, self.world)
+            table, rest = self.shards.load(folder, self.model)
+            states.restore_training_tensors(rest, self.model, self.optimizers, self.scaler, self.world)
             return TrainingState.from_table(table)
         found = checkpoint.load(folder)
         return states.restore(found, folder, self.model, self.optimizers, self.scaler, self.world)

@@ -141,9 +141,9 @@ class Shards:
         files.write_json(new / checkpoint.STATE, {"state": state, "files": own})
         files.take_place(folder)
 
-    def load(self, folder: Path, model: nn.Module, optimizers: Any) -> tuple[dict[str, Any], checkpoint.Tensors]:
-        """Fill model and optimizers from a checkpoint of shards, each process its parts; gives the state, and the
-        tensors that are neither. Every file is checked by one of the processes."""
+    def load(self, folder: Path, model: nn.Module) -> tuple[dict[str, Any], checkpoint.Tensors]:
+        """Fill the model from a checkpoint of shards, each process its parts; gives the state, and the other tensors,
+        those of the optimizers sharded too. Every file is checked by one of the processes."""
         from torch.distributed.checkpoint import load
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -157,24 +157,16 @@ class Shards:
         named, rest = dict(model.named_parameters()), checkpoint.Tensors()
         tensors = {f"model.{name}": tensor.detach() for name, tensor in checkpoint.model_tensors(model).items()}
         checkpoint.check_names(tensors, {name for name in stored if name.startswith("model.")}, folder)
-        homes = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        for optimizer in optimizers:
-            optimizer.state.clear()
         for name, entry in stored.items():
             if name.startswith("model."):
                 continue
             assert isinstance(entry, TensorStorageMetadata)
-            tensors[name] = rest[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-            if name.startswith("optimizer."):
-                del rest[name]
-                parameter_name, _, key = name.removeprefix("optimizer.").rpartition(".")
-                parameter = named[parameter_name]
-                if entry.size == parameter.shape:
-                    tensors[name] = torch.empty_like(parameter)
-                elif homes[parameter].defaults.get("fused"):  # which keeps its step counter with the parameter
-                    tensors[name] = tensors[name].to(parameter.device)
-                homes[parameter].state[parameter][key] = tensors[name]
-        load(tensors, storage_reader=reader, process_group=self.group)
+            parameter = named.get(name.removeprefix("optimizer.").rpartition(".")[0])
+            if parameter is not None and entry.size == parameter.shape:
+                rest[name] = torch.empty_like(parameter)
+            else:
+                rest[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        load({**tensors, **rest}, storage_reader=reader, process_group=self.group)
         return whole["state"], rest
 
     def _check(self, folder: Path, sums: dict[str, Any]) -> None:

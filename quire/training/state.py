@@ -109,7 +109,8 @@ def restore_training_tensors(
             # A step counter stays where its optimizer keeps it: on the CPU, or with the parameter if fused on a GPU.
             fused = bool(homes[parameter].defaults.get("fused"))
             device = parameter.device if tensor.dim() or fused else torch.device("cpu")
-            homes[parameter].state[parameter][key] = like(parameter, tensor.to(device, copy=True))
+            part = tensor if hasattr(tensor, "to_local") else like(parameter, tensor.to(device, copy=True))
+            homes[parameter].state[parameter][key] = part
     if "scaler" in tensors and scaler.is_enabled():
         scale, tracker = tensors["scaler"].tolist()
         scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": int(tracker)})

@@ -27,9 +27,9 @@ from quire.errors import UserError
 from quire.run import Run
 from quire.training import agreement
 from quire.training import resume as resuming
+from quire.training.begin import begun_before
 from quire.training.distributed import World
 from quire.training.settings import Settings, TrainingSettings
-from quire.training.train import begun_before
 
 EXERCISE = Path(__file__).with_name("exercise_processes.py")
 SMALL = {"layers": 1, "embedding_size": 16, "heads": 2, "context_length": 16}
