@@ -8,7 +8,7 @@ from tyro.conf import OmitArgPrefixes
 
 from quire.cli.flags import Switch, Texts, parse, print_json, program
 from quire.cli.train import TextSettings
-from quire.data.published import publish
+from quire.data.published import publish, target_at
 from quire.data.reading import DataSettings
 from quire.data.shards import INDEX
 from quire.errors import UserError
@@ -54,6 +54,7 @@ def run(words: list[str]) -> int:
         raise UserError(f"TEXT ({data.text[0]}) and --pairs {data.pairs} both name what to prepare. Choose one.")
     if is_prepared(data):
         raise UserError(f"{data.named[0]} is prepared already. To have it elsewhere, copy its folder.")
+    target_at(given.out)  # or refused before a long text is read
     _, prepared, _ = load_data(settings, piped)
     say(f"{', '.join(data.named[:3])}: {prepared}")
     found = publish(prepared, given.out, pairs=bool(data.pairs))

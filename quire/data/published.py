@@ -71,8 +71,9 @@ class Folder:
 
     def names(self) -> set[str]:
         """What lies in the folder."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file. Name a folder.")
+        there = next(place for place in (self.path, *self.path.parents) if place.exists())
+        if not there.is_dir():
+            raise UserError(f"{there} is a file. Name a folder.")
         return {path.name for path in self.path.iterdir()} if self.path.exists() else set()
 
     def put(self, path: Path, name: str) -> None:
@@ -202,18 +203,25 @@ def parsed(raw: bytes, name: str) -> Index:
 # ---- writing ------------------------------------------------------------------------------------------------------
 
 
+def target_at(address: str) -> Folder | Elsewhere:
+    """The folder at an address, to be written into, after a look into it; a UserError where there can be none."""
+    if scheme_of(address) in READ_ONLY:
+        raise UserError(
+            f"{address} can only be read. Write to a folder or, for example, s3://BUCKET/FOLDER, and let a web server"
+            " show that."
+        )
+    target = folder_at(address.rstrip("/\\"))
+    target.names()
+    return target
+
+
 def publish(prepared: Prepared, address: str, pairs: bool = False) -> dict[str, Any]:
     """Write a prepared text into the folder at an address or path; gives {"address", "shards", "tokens", "bytes"}.
 
     The index comes last. What is there already, with the right size and checksum, is not sent again, so that a second
     call goes on with what the first one began. A UserError where something else lies there.
     """
-    if scheme_of(address) in READ_ONLY:
-        raise UserError(
-            f"{address} can only be read. Write to a folder or, for example, s3://BUCKET/FOLDER, and let a web server"
-            " show that."
-        )
-    source, target = folder_of(prepared.key), folder_at(address.rstrip("/\\"))
+    source, target = folder_of(prepared.key), target_at(address)
     index = index_of(prepared, source, pairs)
     raw = files.spelled_json(index)
     every = [shard for name in STREAMS for shard in index[name]]

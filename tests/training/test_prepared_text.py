@@ -222,7 +222,8 @@ def test_the_planner_takes_a_recipe_and_leaves_the_tokenizer(lab, quire, monkeyp
         ("prepare nothing.txt --out x", r"no file, folder or corpus named 'nothing.txt'"),
         ("prepare text.txt --pairs reverse --out x", r"both name what to prepare"),
         ("prepare text.txt --tokenizer nonsense --out x", r"no tokenizer at nonsense"),
-        ("prepare text.txt --out http://127.0.0.1:9/x", r"can only be read"),
+        ("prepare text.txt --tokenizer nonsense --out http://127.0.0.1:9/x", r"can only be read"),  # said at once
+        ("prepare text.txt --out text.txt/x", r"text.txt is a file. Name a folder"),
         ("prepare text.txt --out text", r"text holds another index.json, which is not written over"),
     ],
 )  # fmt: skip
