@@ -15,7 +15,7 @@ from quire.config import Table
 from quire.errors import UserError
 from quire.models import ModelSettings
 from quire.planning import cluster
-from quire.planning.cards import NODE
+from quire.planning.cards import NETWORK, NODE
 from quire.planning.plan import Plan, planned
 from quire.planning.recipes import EXPORTABLE, FAMILIES, FASTEST, Prediction
 from quire.training.settings import LENGTHS, Settings
@@ -38,6 +38,7 @@ class Arguments:
     devices: int = 0  # plan for so many cards, in machines of 8; 0: for this machine
     card: str = "h100"  # of which kind: a100-40gb, a100-80gb, h100, h200, l40s or rtx-4090
     price: float = 0.0  # dollars of a card for an hour; 0: what the table has
+    network: float = NETWORK  # gigabits a second between machines, of each: by default 400 for each of its cards
     training: OmitArgPrefixes[StagedSettings] = field(default_factory=StagedSettings)
     data: OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
     model: FlagConversionOff[ModelSettings] = field(default_factory=ModelSettings)
@@ -48,10 +49,8 @@ def run(words: list[str]) -> int:
     given = arguments(Arguments, words, "plan")
     if given.devices:
         return elsewhere(words, given)
-    if value_of(words, "--card") or value_of(words, "--price"):
-        raise UserError(
-            "--card and --price say of which cards there are --devices N. Give that too, or leave them out."
-        )
+    if alone := [flag for flag in ("--card", "--price", "--network") if value_of(words, flag)]:
+        raise UserError(f"{alone[0]} says of which cards there are --devices N. Give that too, or leave it out.")
     wanted = wanted_family(words, given)
     if any(value_of(words, f"--{name}") for name in LENGTHS):
         check_length(given.training)  # --minutes 0
@@ -112,7 +111,7 @@ def total(parts: dict[str, int], spelled: Any) -> str:
     return f"{spelled(sum(parts.values()))}: " + ", ".join(f"{name} {spelled(value)}" for name, value in parts.items())
 
 
-def steps(plan: Plan) -> str:
+def steps(plan: Plan | cluster.ClusterPlan) -> str:
     """How many steps."""
     return f"{plan.steps:,} step{'s' * (plan.steps != 1)}"
 
@@ -175,7 +174,9 @@ def elsewhere(words: list[str], given: Arguments) -> int:
         )
     if "--fastest" in words:
         raise UserError("--devices plans for a network without n-grams beside it. Leave out --fastest.")
-    found = cluster.planned(settings_of(given, words), given.devices, given.card, given.price)
+    if given.data.pairs:
+        raise UserError("--devices plans for a stream of text. Leave out --pairs.")
+    found = cluster.planned(settings_of(given, words), given.devices, given.card, given.price, given.network)
     commands = [command(words, given, found, way) for way in found.ways]
     if given.json:
         ways = [
@@ -185,17 +186,19 @@ def elsewhere(words: list[str], given: Arguments) -> int:
         print(json.dumps(asdict(found) | {"ways": ways}))
     else:
         run_it = next((line for way, line in zip(found.ways, commands, strict=True) if way == found.best), "")
-        print("\n".join(told_elsewhere(found, run_it)))
+        given_length = any(value_of(words, f"--{name}") for name in LENGTHS)
+        print("\n".join(told_elsewhere(found, run_it, given_length)))
     return 0
 
 
-def told_elsewhere(plan: cluster.ClusterPlan, run_it: str) -> list[str]:
+def told_elsewhere(plan: cluster.ClusterPlan, run_it: str, given_length: bool) -> list[str]:
     """The plan for cards elsewhere in lines."""
     shape = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.model.items() if value)
-    machines = f" in {plan.nodes} machines" if plan.nodes > 1 else ""
+    machines = f" in {plan.nodes} machines, {digits(plan.network)} Gb/s between them" if plan.nodes > 1 else ""
     share = f"{plan.share:.0%} of {plan.peak / 1e12:.0f} T operations a second at this width"
     each = f"{plan.tokens / sum(plan.parameters.values()):.3g} for each parameter"
-    why = ", since no length in tokens was given" if plan.chinchilla else ""
+    why = "" if given_length else ", as many steps as the preset has"
+    why = ", since no length was given" if plan.chinchilla else why
     every = plan.windows * plan.context_length
     lines = [
         row("model", f"{plan.kind}: {shape}, context {plan.context_length}, vocabulary {plan.vocabulary_size:,}"),
@@ -204,7 +207,7 @@ def told_elsewhere(plan: cluster.ClusterPlan, run_it: str) -> list[str]:
             "cards",
             f"{plan.devices} {plan.card}{machines}: {size(plan.memory_limit)}, {share}, ${plan.price:.2f} an hour",
         ),
-        row("training", f"{plan.steps:,} steps of {plan.windows} windows, {amount(every)} tokens"),
+        row("training", f"{steps(plan)} of {plan.windows} windows, {amount(every)} tokens"),
         row("tokens", f"{amount(plan.tokens)}: {each}{why}"),
         row("arithmetic", f"{amount(plan.flops_per_token)} operations a token, forward and backward"),
         "",
@@ -227,7 +230,10 @@ def told_elsewhere(plan: cluster.ClusterPlan, run_it: str) -> list[str]:
         cells("dollars", [digits(way.cost) if way.cost else "-" for way in plan.ways]),
         "",
     ]
-    remedy = "It fits on none of these: take more --devices, a --card with more memory, or a smaller model."
+    more = "a --card with more memory"
+    if plan.enough > plan.devices:
+        more += f", --devices {plan.enough} (on so many it fits, recomputed)"
+    remedy = f"It fits in none of these ways. Take {more}, or a smaller model."
     return [*lines, run_it or remedy]
 
 
@@ -248,7 +254,8 @@ def command(words: list[str], given: Arguments, plan: cluster.ClusterPlan, way: 
     """The command that trains this way: the flags that were given, with the batch as it is taken here."""
     lengths = ("--tokens", "--steps") if plan.chinchilla else ()
     left = without(
-        words, ("--devices", "--card", "--price", "--batch-size", "--accumulation-steps", "--parallel", *lengths)
+        words,
+        ("--devices", "--card", "--price", "--network", "--batch-size", "--accumulation-steps", "--parallel", *lengths),
     )
     left = [word for word in left if word not in ("--json", "--gradient-checkpointing")]
     flags = [f"--batch-size {way.micro_batch * plan.devices} --accumulation-steps {way.accumulation_steps}"]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 # How much of a data sheet's bandwidth is reached. NCCL's maintainers put the protocol's overhead on NVLink at about a
 # fifth (https://github.com/NVIDIA/nccl-tests/issues/212); memory is taken alike.
 REACHED = 0.8
+GIB = 2**30
 NODE = 8  # cards in one machine
-NETWORK = 50e9  # bytes a second between machines, for each card of one: 400 Gb/s each, as in NVIDIA's own DGX H100
+NETWORK = 3200.0  # gigabits a second between machines, of each: 400 for each of its cards, as in NVIDIA's DGX H100
 
 
 @dataclass(frozen=True)
@@ -53,21 +54,22 @@ class Card:
 # that has 128, at the same clock: as many operations by each are assumed.
 # Prices on demand: Lambda's nodes of 8 (https://lambda.ai/instances, September 2026), H200 by RunPod
 # (https://www.runpod.io/pricing, October 2026), L40S and RTX 4090 by RunPod in SkyPilot's catalogue (September 2026).
+# Memory is what torch's out-of-memory errors say that a card has in all, the least of several, in GiB.
 # An RTX 4090 has no direct way to its neighbours: what it sends passes through the host's memory, at half of PCIe's.
 H100_SHARES = {1536: 0.3789, 2048: 0.4236, 2560: 0.4373, 4096: 0.4644, 5120: 0.3995}
 CARDS: dict[str, Card] = {
     "a100-40gb": Card(
-        peak=312e12, memory=40e9, bandwidth=1.555e12, link=300e9, price=1.99,
+        peak=312e12, memory=39.4 * GIB, bandwidth=1.555e12, link=300e9, price=1.99,
         shares={768: 0.4275, 1024: 0.4917, 1536: 0.5289, 2048: 0.5623, 2560: 0.5782},
     ),
     "a100-80gb": Card(
-        peak=312e12, memory=80e9, bandwidth=2.039e12, link=300e9, price=2.79,
+        peak=312e12, memory=79.1 * GIB, bandwidth=2.039e12, link=300e9, price=2.79,
         shares={768: 0.4479, 1024: 0.5162, 1536: 0.5685, 2048: 0.5986, 2560: 0.6211, 4096: 0.6423, 5120: 0.5957},
     ),
-    "h100": Card(peak=989e12, memory=80e9, bandwidth=3.35e12, link=450e9, price=3.99, shares=H100_SHARES),
-    "h200": Card(peak=989e12, memory=141e9, bandwidth=4.8e12, link=450e9, price=4.59, shares=H100_SHARES),
-    "l40s": Card(peak=362e12, memory=48e9, bandwidth=864e9, link=32e9, price=1.09, shares={768: 0.277}),
-    "rtx-4090": Card(peak=165.2e12, memory=24e9, bandwidth=1.008e12, link=16e9, price=0.74, shares={768: 0.548}),
+    "h100": Card(peak=989e12, memory=79.1 * GIB, bandwidth=3.35e12, link=450e9, price=3.99, shares=H100_SHARES),
+    "h200": Card(peak=989e12, memory=139.7 * GIB, bandwidth=4.8e12, link=450e9, price=4.59, shares=H100_SHARES),
+    "l40s": Card(peak=362e12, memory=44.3 * GIB, bandwidth=864e9, link=32e9, price=1.09, shares={768: 0.277}),
+    "rtx-4090": Card(peak=165.2e12, memory=23.6 * GIB, bandwidth=1.008e12, link=16e9, price=0.74, shares={768: 0.548}),
 }  # fmt: skip
 
 
@@ -82,9 +84,9 @@ def between(shares: dict[int, float], width: int) -> float:
     return (1 - part) * shares[low] + part * shares[high]
 
 
-def link(card: Card, devices: int) -> float:
+def link(card: Card, devices: int, network: float = NETWORK) -> float:
     """Bytes a second, each way, that a ring through all devices has: of the slowest of its links.
 
-    Between machines, rings run side by side, one through each card's own network port.
+    `network`: gigabits a second of a machine, which rings side by side share, one for each of its cards.
     """
-    return REACHED * (card.link if devices <= NODE else min(card.link, NODE * NETWORK))
+    return REACHED * (card.link if devices <= NODE else min(card.link, network * 1e9 / 8))

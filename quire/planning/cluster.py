@@ -11,14 +11,17 @@ from dataclasses import dataclass, replace
 from quire.errors import UserError, choose
 from quire.layers.head_loss import GPU_LOGITS, MULTIPLE, WORTH_IT
 from quire.models.decoder import DecoderSettings
-from quire.planning.cards import CARDS, NODE, REACHED, Card, link
+from quire.planning.cards import CARDS, NETWORK, NODE, REACHED, Card, link
 from quire.planning.work import FLOAT, LOW, Work, work_of
 from quire.training.settings import Settings
 
 KINDS = ("gpt", "modern", "sparse")
 CHINCHILLA = 20  # tokens for each parameter (Hoffmann et al. 2022), where the settings name no length in tokens
 RESERVED = 0.05  # of a card's memory: CUDA's own, NCCL's, and what the allocator cannot use
-MOST = 1 << 16  # windows at once
+MOST = 1 << 16  # windows at once, and cards
+# Copies are recommended where parts need no less than this share of their time, and copies no more than that share of a
+# card's memory for the model and its optimizer: they ask less of a network.
+NEARLY, LITTLE = 0.95, 0.25
 GPT2_VOCABULARY = 50257
 
 
@@ -63,6 +66,7 @@ class ClusterPlan:
     card: str
     devices: int
     nodes: int
+    network: float  # gigabits a second between them, of each
     memory_limit: int
     peak: float
     share: float  # of the peak, that computing is taken to reach
@@ -72,30 +76,41 @@ class ClusterPlan:
     tokens: int
     chinchilla: bool  # whether the length is 20 tokens for each parameter, the settings naming none in tokens
     ways: list[Way]
+    enough: int  # cards, the fewest on which it fits; 0: on none
 
     @property
     def best(self) -> Way | None:
-        """The fastest way that fits."""
-        return min((way for way in self.ways if way.fits), key=lambda way: way.days or math.inf, default=None)
+        """The fastest way that fits; ddp for a small model, where another would gain little."""
+
+        def time(way: Way) -> float:
+            held = sum(way.memory[part] for part in ("parameters", "gradients", "optimizer"))
+            small = way.parallel == "ddp" and held <= LITTLE * self.memory_limit
+            return (way.days or math.inf) * (NEARLY if small else 1)
+
+        return min((way for way in self.ways if way.fits), key=time, default=None)
 
 
-def planned(settings: Settings, devices: int, card: str = "h100", price: float = 0.0) -> ClusterPlan:
-    """The plan for so many cards; `price` is of one for an hour, 0: the table's.
+def planned(
+    settings: Settings, devices: int, card: str = "h100", price: float = 0.0, network: float = NETWORK
+) -> ClusterPlan:
+    """The plan for so many cards; `price` is of one for an hour, 0: the table's; `network` in gigabits a second.
 
     Raises UserError for cards, prices, batches and models that no plan can be made for.
     """
     choose("--card", card, list(CARDS))
     if not 0 <= price < math.inf:
         raise UserError(f"--price must be the dollars of a card for an hour, or 0 for those of the table, not {price}.")
+    if not 0 < network < math.inf:
+        raise UserError(f"--network must be the gigabits a second that a machine sends to others, not {network}.")
     settings = check(settings, devices)
-    return plan_of(work_of(settings), settings, devices, card, price)
+    return plan_of(work_of(settings), settings, devices, card, price, network)
 
 
 def check(settings: Settings, devices: int) -> Settings:
     """The settings with a known vocabulary; a UserError where no plan can be made of them."""
     shape, training = settings.model, settings.training
-    if devices < 1:
-        raise UserError(f"--devices must be at least 1, or 0 to plan for this machine, not {devices}.")
+    if not 1 <= devices <= MOST:
+        raise UserError(f"--devices must be from 1 to {MOST}, or 0 to plan for this machine, not {devices}.")
     if devices > NODE and devices % NODE:
         raise UserError(f"More than {NODE} cards come in machines of {NODE}: --devices {devices} is no multiple of it.")
     if shape.kind not in KINDS:
@@ -124,7 +139,9 @@ def check(settings: Settings, devices: int) -> Settings:
     return settings.with_model(vocabulary_size=vocabulary, separator=0)  # any token will do as separator
 
 
-def plan_of(work: Work, settings: Settings, devices: int, card: str, price: float) -> ClusterPlan:
+def plan_of(
+    work: Work, settings: Settings, devices: int, card: str, price: float, network: float = NETWORK
+) -> ClusterPlan:
     """The plan for what a model asks; the settings say how it is trained."""
     shape, training, chosen = settings.model, settings.training, CARDS[card]
     assert isinstance(shape, DecoderSettings)
@@ -133,7 +150,7 @@ def plan_of(work: Work, settings: Settings, devices: int, card: str, price: floa
     steps = math.ceil((tokens or CHINCHILLA * work.total) / (windows * work.context))
     names = ("layers", "embedding_size", "heads", "kv_heads", "feedforward_size")
     hourly = price or chosen.price
-    cluster = Cluster(work, chosen, devices, windows // devices, training.gradient_clip > 0)
+    cluster = Cluster(work, chosen, devices, windows // devices, training.gradient_clip > 0, network)
     return ClusterPlan(
         kind=shape.kind,
         model={name: getattr(shape, name) for name in names},
@@ -144,6 +161,7 @@ def plan_of(work: Work, settings: Settings, devices: int, card: str, price: floa
         card=card,
         devices=devices,
         nodes=-(-devices // NODE),
+        network=network,
         memory_limit=int(chosen.memory),
         peak=chosen.peak,
         share=round(chosen.share(work.width), 4),
@@ -153,6 +171,7 @@ def plan_of(work: Work, settings: Settings, devices: int, card: str, price: floa
         tokens=steps * windows * work.context,
         chinchilla=not tokens,
         ways=[cluster.timed(way, steps, hourly) for way in cluster.ways(training.gradient_checkpointing)],
+        enough=cluster.enough(),
     )
 
 
@@ -165,18 +184,31 @@ class Cluster:
     devices: int
     windows: int
     clips: bool = True  # whether gradients are clipped
+    network: float = NETWORK
 
     def ways(self, recomputed: bool) -> list[Way]:
         """The ways to spread it: ddp and fsdp (but for Muon, which wants whole matrices), or one card; and recomputing
-        where that makes it fit, or faster."""
-        names = [""] if self.devices == 1 else ["ddp"] if self.work.orthogonalizing else ["ddp", "fsdp"]
+        where it does not fit without, or is faster with it."""
+        names = self.names()
         found = [self.way(name, recomputed) for name in names]
         if not recomputed:
             other, last = self.way(names[-1], True), found[-1]
             larger = other.micro_batch > last.micro_batch
-            if other.fits and (not last.fits or (larger and self.step(other) < self.step(last))):
+            if not last.fits or (larger and self.step(other) < self.step(last)):
                 found.append(other)
         return found
+
+    def names(self) -> list[str]:
+        """The values of --parallel that there are."""
+        return [""] if self.devices == 1 else ["ddp"] if self.work.orthogonalizing else ["ddp", "fsdp"]
+
+    def enough(self) -> int:
+        """The fewest cards, 1 to 8 or whole machines, on which it fits in some way; 0: on none."""
+        for devices in (*range(1, NODE), *range(NODE, MOST + 1, NODE)):
+            cluster = replace(self, devices=devices)
+            if sum(cluster.memory(cluster.names()[-1], True, 1).values()) <= self.card.memory:
+                return devices
+        return 0
 
     def way(self, parallel: str, recomputed: bool) -> Way:
         """A way with the largest micro-batch that fits and divides a card's windows; with one window, if none fits."""
@@ -261,7 +293,9 @@ class Cluster:
         speed = card.peak * card.share(work.width)
         forward = way.micro_batch * work.context * work.flops_per_token / 3 / speed  # of one micro-batch
         backward = (3 if way.gradient_checkpointing else 2) * forward
-        ring = (self.devices - 1) / self.devices / link(card, self.devices)  # seconds to gather, or to reduce, a byte
+        ring = (
+            (self.devices - 1) / self.devices / link(card, self.devices, self.network)
+        )  # seconds to gather, or to reduce, a byte
         gather, reduce = LOW * work.total * ring, FLOAT * work.total * ring
         if way.parallel == "fsdp":  # each forward and each backward gathers, and each backward scatters its gradients
             late = max(0.0, gather - forward) + max(0.0, gather + reduce - backward)

@@ -4,6 +4,7 @@ Where torchrun has started them again, they go on with the run that they began.
 """
 
 import itertools
+import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from quire import files, processes
 from quire.config import write_checked_toml
 from quire.data.elsewhere import is_index
 from quire.data.shards import INDEX, TokenStream
+from quire.errors import UserError
 from quire.progress import say
 from quire.run import Run
 from quire.training.distributed import join
@@ -102,6 +104,11 @@ def train_along(told: str, began: float, begin: Callable[[Trainer], None]) -> Ru
     how, _, path = told.partition(" ")
     if how == "resume":
         return resume(path, began=began)
+    if not Path(path).exists():
+        raise UserError(
+            f"Process {processes.rank()} on {platform.node()} does not see {path}, which process 0 has made. All"
+            " machines need one folder for the run: give --run a path that all of them share."
+        )
     run = Run(path)
     with join(settings_of(run).timeout).explained():
         trainer = reopened(run, began=began, looked_at=processes.beside_leader())
