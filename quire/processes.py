@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from quire.errors import UserError
 
-STORE_SECONDS = 60.0  # for processes to find the store, and one another
+STORE_SECONDS = 300.0  # for processes to find the store, and one another
 LOOKING = 0.02  # seconds between two looks at the store
 
 
@@ -73,9 +73,18 @@ def store() -> Any:
     return meeting()[0]
 
 
-@cache
 def meeting() -> tuple[Any, bool]:
-    """Find the other processes; gives the store with keys of their own, and whether any of them was started again.
+    """The store with keys of this start alone, and whether any of its processes was started again; a UserError where
+    the others do not come."""
+    found = _meet()
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+@cache
+def _meet() -> tuple[Any, bool] | UserError:
+    """Find the other processes, or why they are not found, which is not tried twice.
 
     torchrun's store may keep the keys of processes that have ended, and each machine counts restarts by itself. So the
     first process gives this start a name; each other one says hello with a word of its own, and takes the name for
@@ -86,15 +95,22 @@ def meeting() -> tuple[Any, bool]:
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    found, own, size = next(rendezvous("env://", timeout=timedelta(seconds=STORE_SECONDS)))
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if own == 0:
-        start, others = _welcome(found, size)
-        place = PrefixStore(f"quire/{start}", found)
-        place.set("restarts", str(max(restarts, others)))
-    else:
-        place = PrefixStore(f"quire/{_arrive(found, own, restarts)}", found)
-    return place, int(place.get("restarts")) > 0
+    try:
+        found, own, size = next(rendezvous("env://", timeout=timedelta(seconds=STORE_SECONDS)))
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        if own == 0:
+            start, others = _welcome(found, size)
+            place = PrefixStore(f"quire/{start}", found)
+            place.set("restarts", str(max(restarts, others)))
+        else:
+            place = PrefixStore(f"quire/{_arrive(found, own, restarts)}", found)
+        return place, int(place.get("restarts")) > 0
+    except UserError as error:
+        return error
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        return UserError(f"The other processes were not found at {where}: {reason}. Start all of them again.")
 
 
 def _welcome(found: Any, size: int) -> tuple[str, int]:

@@ -139,12 +139,14 @@ class Published:
         files.write_unsynced(self._kept / TOKENIZER, data)
         return load_tokenizer(self._kept / TOKENIZER)
 
-    def training(self, cache_gigabytes: float) -> TokenStream:
-        """The training tokens: mapped on this machine, after a look at their checksums; elsewhere fetched as they are
-        sliced, by way of a cache of so many gigabytes."""
+    def training(self, cache_gigabytes: float, looked_at: bool = False) -> TokenStream:
+        """The training tokens: mapped on this machine, after a look at their checksums unless another process has just
+        `looked_at` them; elsewhere fetched as they are sliced, by way of a cache of so many gigabytes."""
         found, dtype = self.index[STREAMS[0]], np.dtype(self.index["dtype"])
         if isinstance(self.folder, Folder):
-            return self._mapped(found, dtype)
+            if not looked_at:
+                look(self.folder.path, found)
+            return shards.opened(self.folder.path, found, dtype)
         cache, block = BlockCache(cache_gigabytes, self.index["block_bytes"]), self.index["block_bytes"]
         parts = []
         for number, shard in enumerate(found):
@@ -169,16 +171,16 @@ class Published:
     def _kept(self) -> Path:
         return files.cache_folder() / "elsewhere" / self.sha256[:32]
 
-    def _mapped(self, found: list[Shard], dtype: np.dtype[Any]) -> TokenStream:
-        assert isinstance(self.folder, Folder)
-        for shard in found:
-            if not shards.intact(self.folder.path, shard):
-                name = self.folder.path / shard["name"]
-                raise UserError(
-                    f"{name}.bin or {name}.starts is missing or damaged: it does not match its checksum in {INDEX}."
-                    f" Write it again: quire prepare TEXT --out {self.folder.path}"
-                )
-        return shards.opened(self.folder.path, found, dtype)
+
+def look(folder: Path, found: list[Shard]) -> None:
+    """Refuse shards on this machine that are not as the index says."""
+    for shard in found:
+        if not shards.intact(folder, shard):
+            name = folder / shard["name"]
+            raise UserError(
+                f"{name}.bin or {name}.starts is missing or damaged: it does not match its checksum in {INDEX}."
+                f" Write it again: quire prepare TEXT --out {folder}"
+            )
 
 
 def parsed(raw: bytes, name: str) -> Index:

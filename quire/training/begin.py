@@ -73,10 +73,10 @@ def begun_before(settings: Settings, path: Path | None) -> Path | None:
         if not place.exists():
             break
         manifest = place / "manifest.json"
-        if manifest.is_file() and files.read_json(manifest).get("launch") == processes.launch():
-            if (place / "config.toml").is_file():
+        if manifest.is_file() and (found := files.read_json(manifest)).get("launch") == processes.launch():
+            if (place / "config.toml").is_file() and not ("finetuned_from" in found and not Run(place).last_folder()):
                 return place
-            files.remove(place)  # killed before it was a run
+            files.remove(place)  # killed before it was a run, or before it had the weights to go on from
             break
     return None
 

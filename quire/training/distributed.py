@@ -27,6 +27,7 @@ from quire.devices import out_of_memory
 from quire.errors import UserError
 from quire.layers.ngram_embedding import NgramEmbedding
 
+PATIENCE = 3  # times as long as --timeout nccl waits
 LISTENING = 3.0  # seconds in which those that are still there say so, after one is missed
 LOOKING = 0.2  # seconds between two looks at the store
 # What torch's backends say where another process has gone or hangs; gloo's errors have no type of their own.
@@ -45,6 +46,7 @@ class World:
 
     rank: int = 0
     size: int = 1
+    group: Any = None  # of torch's, by which numbers are exchanged; None: the one of all
 
     @property
     def leads(self) -> bool:
@@ -73,7 +75,7 @@ class World:
         if self.size == 1:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.float64)
-        distributed.all_reduce(tensor)
+        distributed.all_reduce(tensor, group=self.group)
         return tensor.tolist()
 
     def largest(self, number: float) -> float:
@@ -81,7 +83,7 @@ class World:
         if self.size == 1:
             return number
         tensor = torch.tensor(number, dtype=torch.float64)
-        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX, self.group)
         return float(tensor)
 
     def first(self, number: float) -> float:
@@ -89,7 +91,7 @@ class World:
         if self.size == 1:
             return number
         tensor = torch.tensor(number, dtype=torch.float64)
-        distributed.broadcast(tensor, 0)
+        distributed.broadcast(tensor, 0, self.group)
         return float(tensor)
 
     def told(self, *numbers: float) -> list[list[float]]:
@@ -101,7 +103,7 @@ class World:
         if self.size == 1:
             return [tensor]
         found = [torch.empty_like(tensor) for _ in range(self.size)]
-        distributed.all_gather(found, tensor)
+        distributed.all_gather(found, tensor, self.group)
         return found
 
     def meet(self) -> None:
@@ -133,10 +135,12 @@ class World:
             kind, _, text = store.get(key).decode().partition(": ")
         if kind == "result":
             return text
+        if kind == "mistake":
+            raise UserError(text)
         until = time.monotonic() + LISTENING  # a full disk, say, has its sentence only where the command ends
-        while kind == "failure" and not (told := self.why_ended()) and time.monotonic() < until:
+        while not (sentence := self.why_ended()) and time.monotonic() < until:
             time.sleep(LOOKING)
-        raise UserError(text if kind == "mistake" else told) if kind == "mistake" or told else Lost("Process 0 failed.")
+        raise UserError(sentence) if sentence else Lost("Process 0 failed.")
 
     def assemble(self) -> None:
         """Wait until all are here, however long one of them prepares what it needs."""
@@ -177,6 +181,9 @@ class World:
         """Within, an error that means that another process is missed becomes a sentence that names it."""
         try:
             yield
+        except UserError as error:
+            processes.end(str(error))
+            raise
         except RuntimeError as error:
             said = str(error).lower()
             if self.size == 1 or out_of_memory(error) or not any(word in said for word in LOST):
@@ -215,21 +222,25 @@ class World:
 ALONE = World()
 
 
+_joined: list[World] = []  # once this process has met the others
+
+
 def join(timeout: float) -> World:
     """Meet the other processes of this launch; later messages fail after `timeout` seconds without an answer (those of
     the first call)."""
     if not processes.launched():
         return ALONE
-    rank, size = processes.rank(), processes.world_size()
-    if distributed.is_initialized():
-        return World(rank, size)
-    store = processes.store()
-    store.set_timeout(timedelta(seconds=timeout))
-    waiting = timedelta(seconds=timeout)
-    distributed.init_process_group(backend(), store=store, rank=rank, world_size=size, timeout=waiting)
-    store.set(f"name/{rank}", f"pid {os.getpid()} on {platform.node()}")
-    atexit.register(leave)
-    return World(rank, size)
+    if not _joined:
+        rank, size, waiting = processes.rank(), processes.world_size(), timedelta(seconds=timeout)
+        store = processes.store()
+        store.set_timeout(waiting)
+        # A process that nccl misses ends without a word: it has more patience than the messages on the CPU.
+        longer = PATIENCE * waiting if "nccl" in backend() else waiting
+        distributed.init_process_group(backend(), store=store, rank=rank, world_size=size, timeout=longer)
+        store.set(f"name/{rank}", f"pid {os.getpid()} on {platform.node()}")
+        _joined.append(World(rank, size, distributed.new_group(backend="gloo", timeout=waiting)))
+        atexit.register(leave)
+    return _joined[0]
 
 
 def alone() -> None:
@@ -241,7 +252,7 @@ def alone() -> None:
 
 def backend() -> str:
     """How processes speak: tensors on CPUs by gloo, on GPUs by nccl."""
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo"
 
 
 def leave() -> None:
@@ -252,6 +263,8 @@ def leave() -> None:
 
 def own_device(device: torch.device) -> torch.device:
     """The device of this process: of a machine's GPUs each process takes the one of its number."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where parts are gathered
     if device.type == "cpu" or not processes.launched():
         return device
     number, size, cards = processes.local_rank(), processes.local_size(), torch.cuda.device_count()

@@ -90,7 +90,7 @@ def finetune_run(
     def begin(trainer: Trainer) -> None:
         put_weights(trainer.model, weights, base.settings.vocabulary_size)
         trainer.begin()
-        trainer.measure_start()
+        measure_start(trainer)
 
     return begin_run(lambda: new_run(base, settings, path, context_length), settings, path, began, begin)
 
@@ -143,6 +143,17 @@ def context_of(base: Run, wanted: int) -> int:
         f" To keep them all: --context-length {own}"
     )
     return LONGEST
+
+
+def measure_start(trainer: Trainer) -> None:
+    """Measure the weights before their first step: the best so far, and a checkpoint."""
+    state = trainer.state
+    trainer.save("last")  # so that a resume begins with these weights
+    state.best_loss, bits = trainer.held_out_loss(trainer.measured())
+    trainer.journal.first_line(state, state.best_loss, bits, time.time() - trainer.began)
+    say(f"Before training: {state.best_loss:.4f} nats per token, {bits:.4f} bits per byte on the held-out text.")
+    trainer.save("best")
+    trainer.save("last")
 
 
 def put_weights(model: Any, weights: dict[str, Tensor], known: int) -> None:

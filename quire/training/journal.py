@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from quire import files
+from quire import files, processes
 from quire.data.pairs import Examples, Pairs
 from quire.devices import out_of_memory, peak_memory
 from quire.evaluation.translations import shown
@@ -31,6 +31,7 @@ class Journal:
     def __init__(self, run: Run, settings: TrainingSettings, device: torch.device, writes: bool = True) -> None:
         """`writes` is False in all processes of a training but one."""
         self.run, self.settings, self.device, self.writes = run, settings, device, writes
+        self.alone = settings.parallel == "ddp" or processes.world_size() == 1  # with a model of its own
         self.logged = (0, 0.0)  # tokens and time at the last line of metrics.jsonl, or where training went on
         self.plotted = time.monotonic()
 
@@ -84,7 +85,7 @@ class Journal:
                     length = min(length, math.ceil(SAMPLE_RATE * 60 * state.minutes))
                 text = writer.write([""], GenerationSettings(tokens=length, seed=seed, temperature=0.8))[0].text
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not out_of_memory(error) or not self.alone:
                 raise
             say(f"Out of memory while writing a sample at step {state.step}: there is none this time.")
             return

@@ -5,7 +5,6 @@ Trainer.update      one optimizer step
 Trainer.evaluate    both losses, a sample, the plot, the checkpoints
 """
 
-import contextlib
 import math
 import time
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quire import checkpoint
+from quire import checkpoint, processes
 from quire.data.batches import Batch, Batches, Cursor
 from quire.data.pairs import Pairs
 from quire.data.shards import TokenStream
@@ -36,7 +35,7 @@ from quire.training.precision import Precision, compiled
 from quire.training.saving import Saving
 from quire.training.schedules import SCHEDULES, warmed_up
 from quire.training.settings import TrainingSettings
-from quire.training.sharded import shard
+from quire.training.sharded import in_float32, shard
 from quire.training.signals import Signals, Stopped
 from quire.training.state import TrainingState
 from quire.training.threads import Watch
@@ -145,6 +144,8 @@ class Trainer:
         batch = self.batches.take(state.cursor, rows, self.world.share(rows))
         loss = self.gradients(batch, rows)
         self.engine.synchronize(self.model, self.world.size)
+        if self.device.type == "cuda":
+            self.world.meet()  # what is still computed there would wait for one that hangs until nccl loses patience
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         clip = settings.gradient_clip or math.inf
@@ -258,9 +259,10 @@ class Trainer:
 
     def foreseen_evaluation(self) -> float:
         """The seconds that measuring the held-out text is going to take, by its first batches, after one to warm up."""
+        model = self.measured()
         for batches in (1, 2):
             began = time.monotonic()
-            _, count = self.held_out_total(batches * self.world.size)
+            _, count = self.held_out_total(model, batches * self.world.size)
         return self.world.first(time.monotonic() - began) * max(1.0, len(self.validation) / count)
 
     # ---- what is due now and then ----
@@ -268,10 +270,10 @@ class Trainer:
     def evaluate(self) -> None:
         """Measure the held-out loss, keep the best, write a sample and the plot, and save."""
         state, began = self.state, self.clock.elapsed()
-        loss, bits = self.held_out_loss()
+        loss, bits = self.held_out_loss(model := self.measured())
         if not math.isfinite(loss):
             non_finite.blame(self, "the held-out loss is not finite", stop=state.best_loss is None)
-            loss, bits = self.held_out_loss()
+            loss, bits = self.held_out_loss(model := self.measured())
         improved = state.best_loss is None or loss < state.best_loss
         if improved:
             state.best_loss, state.best_step, state.stale = loss, state.step, 0
@@ -279,8 +281,8 @@ class Trainer:
             self.be_patient()
         self.log(None, validation_loss=loss, validation_bits_per_byte=bits)
         if self.settings.sample_tokens and (self.world.leads or self.sharded):
-            with self.measuring():
-                self.journal.sample(state, self.model, self.validation, loss)
+            self.journal.sample(state, model, self.validation, loss)
+        del model
         if not state.end and not state.finished:
             # So far it has neither drawn nor saved: where the last one took longer in all, that is the better guess.
             self.clock.evaluation_seconds = max(self.clock.evaluation_seconds, self.clock.elapsed() - began)
@@ -299,24 +301,26 @@ class Trainer:
         self.clock.start_measuring(state.step)
         self.journal.logged = (state.tokens, self.clock.elapsed())  # evaluating is not training: it counts in no speed
 
-    def held_out_loss(self) -> tuple[float, float]:
+    def measured(self) -> Any:
+        """The model as it measures and writes: in float32, also where its parts are gathered in another precision."""
+        if not self.sharded or self.precision.dtype is torch.float32:
+            return self.model
+        release_memory(self.device)  # also of the one before
+        return in_float32(self.model, self.run.settings, self.world, self.device)
+
+    def held_out_loss(self, model: Any) -> tuple[float, float]:
         """Nats per token and bits per byte over the whole held-out text."""
-        total, count = self.held_out_total()
+        total, count = self.held_out_total(model)
         return total / count, bits_per_byte(total, self.run.manifest["validation"]["bytes"])
 
-    def held_out_total(self, most_batches: int | None = None) -> tuple[float, int]:
+    def held_out_total(self, model: Any, most_batches: int | None = None) -> tuple[float, int]:
         """Nats of the held-out text, or of its first batches, and how many tokens those are."""
         shape = self.run.settings
         sizes = shape.context_length, shape.vocabulary_size
         share = self.world.rank, self.world.size
-        with self.measuring():
-            own = total_loss(self.model, self.validation, *sizes, self.device, None, most_batches, share)
+        own = total_loss(model, self.validation, *sizes, self.device, None, most_batches, share)
         total, count = self.world.sum(*own)
         return total, int(count)
-
-    def measuring(self) -> contextlib.AbstractContextManager[Any]:
-        """Around what is measured: in float32, but where parts are gathered in another precision."""
-        return self.precision.autocast() if self.sharded else contextlib.nullcontext()
 
     def interval(self) -> int:
         """Steps between evaluations in a stretch whose length is known."""
@@ -354,7 +358,7 @@ class Trainer:
         seed = self.settings.seed
         model = self.run.fresh_model(seed, torch.device("cpu") if self.sharded else self.device)  # sharding moves it
         if self.world.rank:
-            torch.manual_seed(seed + (self.world.rank << 32))
+            torch.manual_seed(int(np.random.SeedSequence([seed, self.world.rank]).generate_state(1)[0]))
         return model
 
     def begin(self) -> None:
@@ -368,20 +372,11 @@ class Trainer:
             steps = math.ceil(settings.tokens / (per_step * whole.tokens_each()))
         self.stretch(steps, settings.minutes)
 
-    def measure_start(self) -> None:
-        """Measure weights that come from another run before their first step: the best so far, and a checkpoint."""
-        state = self.state
-        self.save("last")  # so that a resume begins with these weights
-        state.best_loss, bits = self.held_out_loss()
-        self.journal.first_line(state, state.best_loss, bits, time.time() - self.began)
-        say(f"Before training: {state.best_loss:.4f} nats per token, {bits:.4f} bits per byte on the held-out text.")
-        self.save("best")
-        self.save("last")
-
     def stretch(self, steps: int, minutes: float) -> None:
         """Begin a stretch of so many steps, or of so much time."""
         state = self.state
         state.start, state.end, state.minutes = state.step, state.step + steps if steps else 0, minutes
+        state.launch = processes.launch()
         state.seconds_before = state.seconds
         state.progress, state.rate, state.lowered, state.stale, state.finished = 0.0, 0.0, 1.0, 0, False
         state.next_evaluation = min(state.end, state.step + self.interval()) if steps else 0

@@ -3,14 +3,16 @@
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from quire import files, processes
 from quire.config import from_table
 from quire.data.reading import DataSettings
+from quire.data.shards import TokenStream
 from quire.errors import UserError
 from quire.progress import say
 from quire.run import Run
@@ -45,18 +47,20 @@ def resume(
     if steps < 0 or minutes < 0 or (steps and minutes):
         raise UserError("Give --steps N or --minutes M, one of them, to train a finished run further.")
     world = join(settings_of(run).timeout)
-    with world.explained(), held(run, world):
-        trainer = reopened(run, data, engine=engine, device=device, threads=threads, parallel=parallel, began=began)
+    training = changed(run, engine, device, threads, parallel)
+    with world.explained(), held(run, world, lambda: find_tokens(run, training, data)):
+        looked_at = world.leads or processes.beside_leader()
+        trainer = reopened(run, training, data, began, looked_at)
         found = trainer.load()
         state = trainer.state
+        if processes.restarted() and (not state.finished or state.launch == processes.launch()):
+            steps, minutes = 0, 0.0  # what was asked for has begun before
         if state.finished and not (steps or minutes):
             say(
                 f"{run.path} is finished (step {state.step}): nothing to resume."
                 f" To train it further: quire resume {run.path} --minutes 5"
             )
             return run
-        if processes.restarted() and not state.finished:
-            steps, minutes = 0, 0.0  # what was asked for has begun before
         if (steps or minutes) and not state.finished:
             raise UserError(f"{run.path} is not finished (step {state.step}). Finish it first: quire resume {run.path}")
         trainer.journal.cut_back(state)
@@ -83,7 +87,7 @@ def verify(
     run = run if isinstance(run, Run) else Run(run)
     if join(settings_of(run).timeout).size > 1:
         raise UserError("A resume is verified by one process: call quire resume RUN --verify without torchrun.")
-    first = reopened(run, data, engine=engine, device=device, threads=threads, parallel="ddp")
+    first = reopened(run, changed(run, engine, device, threads, "ddp"), data)
 
     def trainer() -> Trainer:
         again = Trainer(run, first.settings, first.tokens, first.device, time.time())
@@ -103,8 +107,9 @@ def training_lock(run: Run) -> AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def held(run: Run, world: World) -> Iterator[None]:
-    """Within, nobody else trains the run; what a kill left of its checkpoints has been put right."""
+def held(run: Run, world: World, look: Callable[[], object]) -> Iterator[None]:
+    """Within, nobody else trains the run; what a kill left of its checkpoints has been put right, and the leading
+    process has had its `look` at the text, so that others need not."""
     what = f"held {run.path}"
     if not world.leads:
         world.follow(what)
@@ -114,6 +119,7 @@ def held(run: Run, world: World) -> Iterator[None]:
         with world.leading(what) as tell:
             stack.enter_context(training_lock(run))
             files.sweep(run.path / "checkpoints", "state.json")
+            look()
             tell("held")
         yield
 
@@ -123,19 +129,8 @@ def settings_of(run: Run) -> TrainingSettings:
     return from_table(TrainingSettings, run.config.get("training", {}), "training")
 
 
-def reopened(
-    run: Run,
-    data: Sequence[str] = (),
-    *,
-    engine: str = "",
-    device: str = "",
-    threads: int = 0,
-    parallel: str = "",
-    began: float = 0.0,
-    looked_at: bool = False,
-) -> Trainer:
-    """A trainer for a run that exists, its checkpoint not loaded; the text must be the one it began with, and was
-    `looked_at` where another process of this machine has just prepared it."""
+def changed(run: Run, engine: str = "", device: str = "", threads: int = 0, parallel: str = "") -> TrainingSettings:
+    """How a run is trained from here on, where anything is given, and else as before."""
     if run.imported:
         raise UserError(
             f"{run.path} was imported: there is no training to resume. To train its model on a text:"
@@ -144,14 +139,25 @@ def reopened(
     training = settings_of(run)
     if engine == "manual" and training.compile == "yes":
         training = replace(training, compile="no")  # what was compiled under the other engine no longer is
-    training = replace(
-        training,
-        engine=engine or training.engine,
-        device=device or training.device,
-        threads=threads or training.threads,
-        parallel=parallel or training.parallel,  # type: ignore[arg-type]
-    )
+    given: dict[str, Any] = {"engine": engine, "device": device, "threads": threads, "parallel": parallel}
+    return replace(training, **{name: value for name, value in given.items() if value})
+
+
+def find_tokens(run: Run, training: TrainingSettings, data: Sequence[str] = (), looked_at: bool = False) -> TokenStream:
+    """The tokens that a run trains on; see `find_data`."""
     settings = Settings(from_table(DataSettings, run.config.get("data", {}), "data"), run.settings, training)
+    return find_data(run, settings, tuple(data), looked_at)
+
+
+def reopened(
+    run: Run,
+    training: TrainingSettings | None = None,
+    data: Sequence[str] = (),
+    began: float = 0.0,
+    looked_at: bool = False,
+) -> Trainer:
+    """A trainer for a run that exists, its checkpoint not loaded; the text must be the one it began with, and was
+    `looked_at` where this process or another one of this machine has just found it."""
+    training = training or changed(run)
     where, _ = prepare_machine(training)
-    tokens = find_data(run, settings, tuple(data), looked_at)
-    return Trainer(run, training, tokens, where, began or time.time())
+    return Trainer(run, training, find_tokens(run, training, data, looked_at), where, began or time.time())

@@ -55,6 +55,8 @@ class Saving:
         return states.restore(found, folder, self.model, self.optimizers, self.scaler, self.world)
 
     def finish(self) -> None:
-        """Wait until all that was saved has reached the disk."""
+        """Wait until all that was saved has reached the disk, whichever process writes it: torchrun soon kills the
+        others of a process that has ended."""
         if self.shards:
             self.shards.finish()
+        self.world.assemble()

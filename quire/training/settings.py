@@ -53,7 +53,7 @@ class TrainingSettings:
     non_finite: Literal["stop", "skip", "rollback"] = "stop"  # when the loss is not finite, or explodes
     seed: int = 1337  # of weights, order and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    threads: int = 0  # CPU threads; 0: as many as are fastest in a short trial, or in short runs one for each core
+    threads: int = 0  # CPU threads, of all processes of a machine; 0: as a short trial says, or one for each core
     decisions: str = ""  # decisions.jsonl of an earlier run with --minutes, to repeat it exactly
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: a copy of the model in each process, or its part of it
     timeout: float = 600.0  # under torchrun: seconds without an answer after which another process counts as lost

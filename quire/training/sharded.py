@@ -30,6 +30,8 @@ from quire.errors import UserError
 from quire.layers.cross_attention import CrossAttention
 from quire.layers.layer import Block
 from quire.layers.ngram_embedding import NgramEmbedding
+from quire.models import ModelSettings
+from quire.run import empty_model
 from quire.training.distributed import World, alone
 from quire.training.precision import Precision
 
@@ -61,6 +63,18 @@ def shard(model: nn.Module, world: World, precision: Precision) -> Any:
     sharded: Any = fully_shard(model, mesh=mesh, mp_policy=policy)
     sharded.register_forward_hook(let_go)  # after FSDP's own
     return sharded
+
+
+def in_float32(sharded: Any, settings: ModelSettings, world: World, device: torch.device) -> Any:
+    """A sharded model once more, its parts gathered in float32: a loss is told of that one.
+
+    It takes 4/size bytes for each parameter, which are free while there are no gradients.
+    """
+    twin = shard(empty_model(settings, torch.device("cpu")), world, Precision("float32", device))  # sharding moves it
+    with torch.no_grad():
+        for part, own in zip(twin.parameters(), sharded.parameters(), strict=True):
+            part.to_local().copy_(own.to_local())
+    return twin
 
 
 def let_go(model: nn.Module, inputs: Any, result: Any) -> None:
@@ -138,6 +152,7 @@ class Shards:
                     raise RuntimeError(f"timed out: process {rank} has not told the checksums of what it wrote")
                 time.sleep(processes.LOOKING)
             own |= json.loads(self.store.get(f"{key}/{rank}"))
+            self.store.delete_key(f"{key}/{rank}")
         files.write_json(new / checkpoint.STATE, {"state": state, "files": own})
         files.take_place(folder)
 
@@ -175,7 +190,7 @@ class Shards:
         try:
             for name in mine:
                 checkpoint.read_tensors(folder / name, sums[name])
-        except UserError as error:
+        except (UserError, OSError) as error:
             sentence = str(error)
         damaged = self.world.largest(self.world.rank + 1 if sentence else 0)
         if damaged and self.store is not None:

@@ -27,6 +27,7 @@ class TrainingState:
     cursor: Cursor = field(default_factory=Cursor)  # the place in that stage's data
     divided: int = 1  # in so many parts each batch: doubled where memory ran out
     # the stretch
+    launch: str = ""  # of the processes that began it, as torchrun names it
     start: int = 0  # step at which it began
     end: int = 0  # step at which it ends; 0: when the clock says so
     minutes: float = 0.0  # its wall time, where the clock ends it

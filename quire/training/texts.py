@@ -144,7 +144,7 @@ class PreparedText:
         return replace(settings, training=training), self.found.prepared(settings.data.cache_gigabytes)
 
 
-def find_prepared(run: Run, settings: Settings, moved: tuple[str, ...]) -> TokenStream:
+def find_prepared(run: Run, settings: Settings, moved: tuple[str, ...], looked_at: bool) -> TokenStream:
     """The training tokens of a run on a prepared text, which may have moved; another one is refused."""
     (origin,) = run.manifest["data"]
     address = moved[0] if moved else origin["path"]
@@ -152,7 +152,7 @@ def find_prepared(run: Run, settings: Settings, moved: tuple[str, ...]) -> Token
     try:
         found = Published.at(address if is_index(address) else f"{address.rstrip('/')}/{INDEX}")
         if found.sha256 == origin["sha256"]:
-            return found.training(settings.data.cache_gigabytes)
+            return found.training(settings.data.cache_gigabytes, looked_at)
     except UserError as error:
         raise UserError(f"The prepared text of {run.path} cannot be read: {error} {where}") from error
     raise UserError(
@@ -201,8 +201,8 @@ def find_data(run: Run, settings: Settings, moved: tuple[str, ...], looked_at: b
     """
     manifest, kept = run.manifest, run.path / "data" / STANDARD_INPUT
     if is_prepared(settings.data):
-        return find_prepared(run, settings, moved)
-    if not moved and (looked_at or unchanged(manifest["data"], kept)):
+        return find_prepared(run, settings, moved, looked_at)
+    if looked_at or (not moved and unchanged(manifest["data"], kept)):
         stream = opened(manifest.get("prepared", ""), looked_at)
         if stream is not None:
             return stream

@@ -116,8 +116,7 @@ def prepare_machine(training: TrainingSettings) -> "tuple[torch.device, int]":
     keep_freed_memory()
     threads = training.threads
     if (beside := processes.local_size()) > 1:
-        own = max(1, usable_cores() // beside)
-        threads = min(threads, own) or own
+        threads = max(1, min(threads or usable_cores(), usable_cores()) // beside)
     return device, set_threads(threads)
 
 

@@ -63,10 +63,10 @@ def sharded(folder: Path, world: World) -> dict[str, Any]:
     for _ in range(3):
         straight.update()
         resumed.update()
-    half = {}
-    for parallel in ("ddp", "fsdp"):
-        low = {"parallel": parallel, "precision": "bfloat16", "gradient_checkpointing": True}
-        half[parallel], _ = agreement.trained(run, replace(settings, **low), tokens, CPU, world, 6)
+    half, ways = {}, [("ddp", "bfloat16"), ("fsdp", "bfloat16"), ("fsdp", "float32")]
+    for parallel, precision in ways:
+        low = replace(settings, parallel=parallel, precision=precision, gradient_checkpointing=True)
+        half[f"{parallel} {precision}"], _ = agreement.trained(run, low, tokens, CPU, world, 6)
     result = {"half": half, "weights": {n: w for n, w in weights.items() if not n.startswith("optimizer")},
               "resumed": differing(whole(straight), whole(resumed)),
               "unlike the beginning": bool(differing(beginning, whole(straight)))}  # fmt: skip

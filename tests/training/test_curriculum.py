@@ -15,7 +15,8 @@ import quire
 from quire.data.batches import Batches, Cursor
 from quire.errors import UserError
 from quire.run import Run
-from quire.training import engines, loop, train
+from quire.training import engines, loop
+from quire.training import resume as resuming
 from quire.training.curriculum import Curriculum, Stage, stage_seed
 from quire.training.loop import Trainer
 from quire.training.resume import resume, verify
@@ -142,7 +143,7 @@ def test_a_text_s_stage_is_trained_on_nothing_else(lab, texts, taken):
 
 def test_each_stage_takes_its_text_in_a_fresh_order_of_its_own(lab, taken):
     run = lab.train("run", steps=30, curriculum=("1:8", "1:8", "1:8"))
-    tokens = train.reopened(run).tokens
+    tokens = resuming.reopened(run).tokens
     orders = []
     for number in range(3):
         batches, cursor = Batches(tokens, 8, stage_seed(1337, number)), Cursor()
@@ -246,7 +247,7 @@ def test_a_finished_run_trains_on_in_its_last_stage(lab, taken):
     taken.clear()
     resume(run, steps=10)
     assert [(rows, context) for _, rows, context, _ in taken] == [(8, 8)] * 10
-    first = Batches(train.reopened(run).tokens, 8, stage_seed(1337, 1)).take(Cursor(**cursor), 8)
+    first = Batches(resuming.reopened(run).tokens, 8, stage_seed(1337, 1)).take(Cursor(**cursor), 8)
     assert torch.equal(taken[0][3], first.inputs)  # from where it stood in the data
     killed = lab.train("killed", steps=20, curriculum=("1:4", "1:8"))
     lab.killed(23, resume, killed, steps=10)

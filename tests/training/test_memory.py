@@ -7,13 +7,16 @@ import pytest
 import torch
 
 import quire
-from quire import checkpoint
+from quire import checkpoint, processes
 from quire.cli.main import call
 from quire.evaluation.loss import total_loss
 from quire.generation.generate import Writer
 from quire.run import Run
+from quire.training.journal import Journal
 from quire.training.loop import Trainer
 from quire.training.resume import resume
+from quire.training.settings import TrainingSettings
+from quire.training.state import TrainingState
 from tests.training.conftest import assert_equal_tensors
 
 MESSAGES = [
@@ -137,6 +140,12 @@ def test_a_sample_without_memory_is_left_out(lab, monkeypatch, capsys):
         patch.setattr(Writer, "write", fails)
         run = lab.train("run", steps=10)
     assert "Out of memory while writing a sample at step 10" in capsys.readouterr().err
+    with monkeypatch.context() as patch, pytest.raises(type(MESSAGES[0])):
+        patch.setattr(Writer, "write", fails)
+        patch.setattr(processes, "world_size", lambda: 2)  # of which others write with this one's part of the model
+        Journal(run, TrainingSettings(steps=1, parallel="fsdp"), torch.device("cpu")).sample(
+            TrainingState(), run.model("cpu"), run.validation_tokens(), 1.0
+        )
     assert lab.timeless(run) == lab.timeless(straight) and not (run.path / "samples.md").exists()
 
 

@@ -14,7 +14,7 @@ from quire.errors import UserError
 from quire.evaluation.evaluate import evaluate
 from quire.evaluation.translations import scored
 from quire.run import Run
-from quire.training import train
+from quire.training import resume as resuming
 from quire.training.resume import resume, verify
 
 KINDS = {
@@ -93,7 +93,7 @@ def test_samples_show_source_reference_and_what_was_written(train_pairs):
 
 def test_lengths_in_epochs_and_tokens(lab, train_pairs):
     run = train_pairs("epochs", epochs=2)
-    pairs = Pairs(train.reopened(run).tokens, run.tokenizer.separator, 16, 0, True)
+    pairs = Pairs(resuming.reopened(run).tokens, run.tokenizer.separator, 16, 0, True)
     assert run.metrics()[-1]["step"] == -(-2 * pairs.examples() // 4)
     assert run.manifest["report"]["predictions"] == len(pairs)
     run = train_pairs("tokens", tokens=600)
@@ -126,7 +126,7 @@ def test_validation_pairs_of_their_own(lab, train_pairs, monkeypatch, capsys):
         source for source, _ in aside
     ]
     assert "left out: the pairs of --validation have their sources" in capsys.readouterr().err
-    trained = straight.in_pairs(train.reopened(straight).tokens)
+    trained = straight.in_pairs(resuming.reopened(straight).tokens)
     known = {straight.tokenizer.decode(trained.ids(row)[0]) for row in range(trained.examples())}
     assert not known & {source for source, _ in aside}
     lab.killed(5, train_pairs, "run", **how)

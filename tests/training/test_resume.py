@@ -16,7 +16,6 @@ from quire.cli.main import call
 from quire.errors import UserError
 from quire.run import Run
 from quire.training import state as states
-from quire.training import train
 from quire.training.resume import reopened, resume, verify
 
 # ---- exactly ------------------------------------------------------------------------------------------------------
@@ -313,8 +312,8 @@ def test_a_lost_checkpoint_is_no_new_beginning(lab):
     best = checkpoint.load(run.folder("best")).model
     (run.folder("last") / "state.json").unlink()
     with pytest.raises(UserError, match="has lost its checkpoint"):
-        train.resume(Run(run.path))
+        resume(Run(run.path))
     files.remove(run.folder("last"))
     with pytest.raises(UserError, match="has lost its checkpoint"):
-        train.resume(Run(run.path))
+        resume(Run(run.path))
     assert all(torch.equal(tensor, best[name]) for name, tensor in checkpoint.load(run.folder("best")).model.items())
