@@ -10,7 +10,7 @@ import time
 import zlib
 from collections import Counter
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from quire.errors import UserError
@@ -56,26 +56,29 @@ def leads() -> bool:
 
 def restarted() -> bool:
     """Whether torchrun has started processes again, after one of them ended badly."""
-    return launched() and meeting()[1]
+    return launched() and meeting().restarted
 
 
 def launch() -> str:
     """A name for the launch that stays when torchrun starts its processes again; "" where there is none."""
-    if not launched():
-        return ""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    # Launches that were given no name are told apart by the torchrun that is this process's parent.
-    return name if name != "none" else f"{os.uname().nodename if hasattr(os, 'uname') else ''}-{os.getppid()}"
+    return meeting().launch if launched() else ""
 
 
 def store() -> Any:
     """The launch's store, its keys those of this start alone."""
-    return meeting()[0]
+    return meeting().store
 
 
-def meeting() -> tuple[Any, bool]:
-    """The store with keys of this start alone, and whether any of its processes was started again; a UserError where
-    the others do not come."""
+class Meeting(NamedTuple):
+    """What the processes of a start have in common."""
+
+    store: Any  # with keys of their own
+    launch: str
+    restarted: bool
+
+
+def meeting() -> Meeting:
+    """The other processes of this start; a UserError where they do not come."""
     found = _meet()
     if isinstance(found, UserError):
         raise found
@@ -83,12 +86,12 @@ def meeting() -> tuple[Any, bool]:
 
 
 @cache
-def _meet() -> tuple[Any, bool] | UserError:
+def _meet() -> Meeting | UserError:
     """Find the other processes, or why they are not found, which is not tried twice.
 
-    torchrun's store may keep the keys of processes that have ended, and each machine counts restarts by itself. So the
-    first process gives this start a name; each other one says hello with a word of its own, and takes the name for
-    true once the first has answered that word under it.
+    torchrun's store outlives the processes, and so keeps the name that the first of all starts gave the launch; but
+    also keys of processes that have ended. So the first process gives this start a name too; each other one says hello
+    with a word of its own, and takes the name for true once the first has answered that word under it.
     """
     from datetime import timedelta
 
@@ -97,14 +100,9 @@ def _meet() -> tuple[Any, bool] | UserError:
 
     try:
         found, own, size = next(rendezvous("env://", timeout=timedelta(seconds=STORE_SECONDS)))
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        if own == 0:
-            start, others = _welcome(found, size)
-            place = PrefixStore(f"quire/{start}", found)
-            place.set("restarts", str(max(restarts, others)))
-        else:
-            place = PrefixStore(f"quire/{_arrive(found, own, restarts)}", found)
-        return place, int(place.get("restarts")) > 0
+        start = _welcome(found, size) if own == 0 else _arrive(found, own)
+        place = PrefixStore(f"quire/{start}", found)
+        return Meeting(place, found.get("quire/launch").decode(), bool(place.get("restarted")))
     except UserError as error:
         return error
     except (RuntimeError, ValueError, OSError) as error:
@@ -113,32 +111,39 @@ def _meet() -> tuple[Any, bool] | UserError:
         return UserError(f"The other processes were not found at {where}: {reason}. Start all of them again.")
 
 
-def _welcome(found: Any, size: int) -> tuple[str, int]:
-    """Name this start, and answer each other process; gives the name, and how often one of them was started again."""
-    start, missing, restarts = uuid4().hex, set(range(1, size)), 0
+def _welcome(found: Any, size: int) -> str:
+    """Name this start, and the launch if it is the first; answer each other process; gives the start's name."""
+    start, missing = uuid4().hex, set(range(1, size))
+    again = found.check(["quire/launch"])
+    if not again:
+        found.set("quire/launch", start)
+    found.set(f"quire/{start}/restarted", "yes" if again else "")
     found.set("quire/start", start)
     until = time.monotonic() + STORE_SECONDS
     while missing:
         for rank in sorted(missing):
-            hello, met = f"quire/hello/{rank}", f"quire/{start}/met/{rank}"
+            hello = f"quire/hello/{rank}"
             if found.check([hello]):  # perhaps of one that has ended, which will not say that they have met
                 found.set(f"quire/{start}/{found.get(hello).decode()}", "")
-            if found.check([met]):
-                restarts = max(restarts, int(found.get(met)))
+            if found.check([f"quire/{start}/met/{rank}"]):
                 missing.remove(rank)
-        _wait(until, f"of {size} processes {len(missing)} have not come")
-    return start, restarts
+        _wait(until, f"process {' and '.join(map(str, sorted(missing)))} of {size} did not come")
+    return start
 
 
-def _arrive(found: Any, rank: int, restarts: int) -> str:
+def _arrive(found: Any, rank: int) -> str:
     """Say hello to the first process; gives the name of this start."""
     word = uuid4().hex
     found.set(f"quire/hello/{rank}", word)
     until = time.monotonic() + STORE_SECONDS
-    while not found.check([f"quire/{(start := found.get('quire/start').decode())}/{word}"]):
-        _wait(until, "process 0 has not come")
-    found.set(f"quire/{start}/met/{rank}", str(restarts))
+    while not (found.check(["quire/start"]) and found.check([f"quire/{(start := _start(found))}/{word}"])):
+        _wait(until, "process 0 did not come")
+    found.set(f"quire/{start}/met/{rank}", "")
     return start
+
+
+def _start(found: Any) -> str:
+    return found.get("quire/start").decode()
 
 
 def _wait(until: float, what: str) -> None:

@@ -56,6 +56,7 @@ class Run:
         refuse_existing(path)
         path.mkdir(parents=True, exist_ok=True)
         try:
+            files.write_json(path / "manifest.json", manifest)  # first too: it says whose a folder is that a kill left
             if model is not None:
                 checkpoint.save(path / "checkpoints" / "best", model, {}, {})
             if validation is not None:

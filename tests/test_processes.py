@@ -11,18 +11,22 @@ from quire.errors import UserError
 
 
 def test_processes_meet_in_a_store_that_remembers_others():
-    """Of three one was started again, as its machine alone counts; what others said before is not taken for theirs."""
-    store = distributed.HashStore()
+    """What processes that have ended said is not taken for theirs; but the launch's name is, which they began."""
+    store, names = distributed.HashStore(), []
     for key in ("quire/hello/1", "quire/hello/2"):
         store.set(key, "stale")
     for key in ("quire/old/stale", "quire/old/met/1", "quire/old/met/2"):
-        store.set(key, "7")
+        store.set(key, "")
     store.set("quire/start", "old")
-    with ThreadPoolExecutor(3) as beside:
-        first = beside.submit(processes._welcome, store, 3)
-        others = [beside.submit(processes._arrive, store, rank, rank - 1) for rank in (1, 2)]
-        start, restarts = first.result()
-        assert restarts == 1 and start != "old" and [other.result() for other in others] == [start, start]
+    for again in ("", "yes"):
+        with ThreadPoolExecutor(3) as beside:
+            first = beside.submit(processes._welcome, store, 3)
+            others = [beside.submit(processes._arrive, store, rank) for rank in (1, 2)]
+            names.append(first.result())
+            assert [other.result() for other in others] == names[-1:] * 2
+        assert store.get(f"quire/{names[-1]}/restarted").decode() == again
+        assert store.get("quire/launch").decode() == names[0]
+    assert len({"old", *names}) == 3
 
 
 def test_processes_that_do_not_come_are_missed(monkeypatch):
@@ -41,3 +45,11 @@ def test_processes_that_do_not_come_are_missed(monkeypatch):
             with pytest.raises(UserError, match=r"other processes were not found at 127\.0\.0\.1:\d+: .*Start all"):
                 processes.store()
     processes._meet.cache_clear()
+
+
+def test_who_does_not_come_is_named(monkeypatch):
+    monkeypatch.setattr(processes, "STORE_SECONDS", 0.2)
+    with pytest.raises(UserError, match="process 1 and 2 of 3 did not come"):
+        processes._welcome(distributed.HashStore(), 3)
+    with pytest.raises(UserError, match="process 0 did not come"):
+        processes._arrive(distributed.HashStore(), 1)

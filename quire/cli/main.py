@@ -9,6 +9,8 @@ import io  # noqa: E402
 import sys  # noqa: E402
 from importlib import import_module  # noqa: E402
 
+from quire import processes  # noqa: E402
+
 COMMANDS = {
     "train": "train a model on text: quire train book.txt --minutes 5",
     "resume": "continue a run exactly where it stopped, or train a finished one further",
@@ -54,6 +56,8 @@ def main() -> None:
 
 def call(arguments: list[str]) -> int:
     """Run one command line and give its exit code."""
+    if not processes.leads() and {"-h", "--help", "help", "--version"} & set(arguments):
+        return 0  # the first process says it
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0 if arguments else 2
@@ -80,7 +84,6 @@ def call(arguments: list[str]) -> int:
 
 def run(command: str, words: list[str]) -> int:
     """Import the command's file and run it."""
-    from quire import processes
     from quire.errors import UserError, nearest
 
     if command not in COMMANDS:
@@ -110,15 +113,13 @@ def explain(error: BaseException) -> int:
             " --model.context-length, or a smaller --model.embedding-size.",
             2,
         )
-    if isinstance(code := getattr(error, "exit_code", None), int):  # training.signals.Stopped
-        return told(str(error), code)
+    if isinstance(code := getattr(error, "exit_code", None), int):  # training's Stopped, which comes to all, and Lost
+        return code if code > 128 and not processes.leads() else told(str(error), code)
     raise error
 
 
 def told(sentence: str, code: int) -> int:
     """Print a sentence on standard error; of several processes that would say the same, one does."""
-    from quire import processes
-
     if processes.first_to_say(sentence):
         print(sentence, file=sys.stderr, flush=True)
     if code == 2:

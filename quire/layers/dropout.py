@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from quire.layers.layer import Layer
 
@@ -39,3 +39,9 @@ class Dropout(Layer):
     def applied(self, x: Tensor, keep: Tensor) -> Tensor:
         """x, of which `keep` is kept."""
         return (x * keep).mul_(1 / (1 - self.p))
+
+
+def drops(model: nn.Module) -> bool:
+    """Whether any layer of a model drops something out while it trains."""
+    own = [getattr(module, "p" if isinstance(module, Dropout) else "dropout", 0.0) for module in model.modules()]
+    return any(isinstance(probability, float) and probability > 0 for probability in own)

@@ -73,6 +73,9 @@ def begun_before(settings: Settings, path: Path | None) -> Path | None:
         if not place.exists():
             break
         manifest = place / "manifest.json"
+        if not any(file.suffix != ".new" for file in place.rglob("*")):
+            files.remove(place)  # killed before it had a name
+            break
         if manifest.is_file() and (found := files.read_json(manifest)).get("launch") == processes.launch():
             if (place / "config.toml").is_file() and not ("finetuned_from" in found and not Run(place).last_folder()):
                 return place
@@ -141,8 +144,6 @@ def announce(run: Run, trainer: Trainer) -> None:
         f"Training {run.path}: {shape.named} of {parameters:,} parameters, context {shape.context_length},"
         f" for {length} on {trainer.device} ({in_words(torch.get_num_threads())}){together}."
     )
-    if size > 1 and getattr(shape, "dropout", 0.0) > 0:
-        say("Each process drops out other parts: with dropout, curves differ with the number of processes.")
     if trainer.settings.curriculum:
         say(trainer.curriculum.sentence(state.stage))
 

@@ -11,8 +11,10 @@ that the same settings give the same curve with any number of processes.
 import atexit
 import contextlib
 import functools
+import itertools
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,14 +25,18 @@ import torch
 from torch import Tensor, distributed, nn
 
 from quire import processes
+from quire.config import Table
 from quire.devices import out_of_memory
 from quire.errors import UserError
 from quire.layers.ngram_embedding import NgramEmbedding
+from quire.models import ModelSettings
+from quire.training.settings import TrainingSettings
 
 PATIENCE = 3  # times as long as --timeout nccl waits
 LISTENING = 3.0  # seconds in which those that are still there say so, after one is missed
 LOOKING = 0.2  # seconds between two looks at the store
 # What torch's backends say where another process has gone or hangs; gloo's errors have no type of their own.
+REMEDY = "Training stopped; quire resume goes on from the last checkpoint."
 LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "socket", "broken pipe")
 
 
@@ -47,6 +53,7 @@ class World:
     rank: int = 0
     size: int = 1
     group: Any = None  # of torch's, by which numbers are exchanged; None: the one of all
+    timeout: float = 600.0  # seconds after which one that is not heard of counts as lost
 
     @property
     def leads(self) -> bool:
@@ -131,7 +138,7 @@ class World:
         """The result of what the leading process does meanwhile, however long that takes."""
         store, key = processes.store(), processes.numbered(what)
         with self.explained():
-            self._wait_for([key])
+            self._wait_for({key: 0})
             kind, _, text = store.get(key).decode().partition(": ")
         if kind == "result":
             return text
@@ -148,14 +155,20 @@ class World:
             key = processes.numbered("assembled")
             with self.explained():
                 processes.store().set(f"{key}/{self.rank}", "")
-                self._wait_for([f"{key}/{rank}" for rank in range(self.size)])
+                self._wait_for({f"{key}/{rank}": rank for rank in range(self.size)})
 
-    def _wait_for(self, keys: list[str]) -> None:
-        """Wait until the store has these keys, or another process ends for a reason that it tells."""
-        store = processes.store()
-        while not store.check(keys):
+    def _wait_for(self, keys: dict[str, int]) -> None:
+        """Wait until the store has these keys, each of a process; a process may tell why it ends, or be lost."""
+        store, heard = processes.store(), dict[int, bytes]()
+        since = dict.fromkeys(keys.values(), time.monotonic())
+        while not store.check(list(keys)):
             if sentence := processes.ended():
                 raise UserError(sentence)
+            for rank in since:
+                if (beat := store.get(beat_of(rank))) != heard.get(rank):
+                    heard[rank], since[rank] = beat, time.monotonic()
+            if lost := [rank for rank, when in since.items() if time.monotonic() - when > self.timeout]:
+                raise Lost(self.missing(lost))
             time.sleep(LOOKING)
 
     # ---- the model ----
@@ -201,7 +214,6 @@ class World:
 
     def who_is_missing(self) -> str:
         """A sentence about those processes that do not say within a moment that they are there."""
-        remedy = "Training stopped; quire resume goes on from the last checkpoint."
         try:
             store = processes.store()
             store.set(f"here/{self.rank}", "")
@@ -210,16 +222,28 @@ class World:
             while missing and time.monotonic() < until:
                 time.sleep(LOOKING)
                 missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
-            names = " and ".join(f"process {rank} ({store.get(f'name/{rank}').decode()})" for rank in missing)
+            return self.missing(missing)
         except RuntimeError:
-            return f"The other processes, and their store, do not answer any more. {remedy}"
-        if not missing:
-            return f"The connection between the processes was lost for a moment. {remedy}"
-        verb, it, was = ("does", "it hangs", "it was") if len(missing) == 1 else ("do", "they hang", "they were")
-        return f"{names[0].upper()}{names[1:]} {verb} not answer: {it}, or {was} killed. {remedy}"
+            return f"The other processes, and their store, do not answer any more. {REMEDY}"
+
+    def missing(self, ranks: list[int]) -> str:
+        """A sentence about processes that are lost."""
+        if not ranks:
+            return f"The connection between the processes was lost for a moment. {REMEDY}"
+        store = processes.store()
+        names = " and ".join(f"process {rank} ({store.get(f'name/{rank}').decode()})" for rank in ranks)
+        verb, it, was = ("does", "it hangs", "it was") if len(ranks) == 1 else ("do", "they hang", "they were")
+        return f"{names[0].upper()}{names[1:]} {verb} not answer: {it}, or {was} killed. {REMEDY}"
 
 
 ALONE = World()
+
+
+def world_table(training: TrainingSettings, model: ModelSettings, size: int) -> Table:
+    """What a manifest says of so many processes: the tokens that each takes in a step, of pairs at most."""
+    rows = range(training.batch_size * training.accumulation_steps)
+    shares = [rows[World(rank, size).share(len(rows))] for rank in range(size)]
+    return {"world_size": size, "tokens_per_rank": [len(share) * model.context_length for share in shares]}
 
 
 _joined: list[World] = []  # once this process has met the others
@@ -234,13 +258,35 @@ def join(timeout: float) -> World:
         rank, size, waiting = processes.rank(), processes.world_size(), timedelta(seconds=timeout)
         store = processes.store()
         store.set_timeout(waiting)
+        store.set(f"name/{rank}", f"pid {os.getpid()} on {platform.node()}")
+        store.set(beat_of(rank), "")
+        end = threading.Event()
+        beating = threading.Thread(target=beat, args=(store.clone(), rank, min(1.0, timeout / 5), end), daemon=True)
+        beating.start()
+        atexit.register(beating.join, 1.0)
+        atexit.register(end.set)  # before that, and after the group is left: atexit goes backwards
         # A process that nccl misses ends without a word: it has more patience than the messages on the CPU.
         longer = PATIENCE * waiting if "nccl" in backend() else waiting
         distributed.init_process_group(backend(), store=store, rank=rank, world_size=size, timeout=longer)
-        store.set(f"name/{rank}", f"pid {os.getpid()} on {platform.node()}")
-        _joined.append(World(rank, size, distributed.new_group(backend="gloo", timeout=waiting)))
+        _joined.append(World(rank, size, distributed.new_group(backend="gloo", timeout=waiting), timeout))
         atexit.register(leave)
     return _joined[0]
+
+
+def beat_of(rank: int) -> str:
+    """The key of the store under which a process shows that it lives."""
+    return f"beat/{rank}"
+
+
+def beat(store: Any, rank: int, pause: float, end: threading.Event) -> None:
+    """Show every `pause` seconds that this process lives, however busy it is."""
+    for number in itertools.count():
+        try:
+            store.set(beat_of(rank), str(number))
+        except RuntimeError:  # the store has gone
+            return
+        if end.wait(pause):
+            return
 
 
 def alone() -> None:

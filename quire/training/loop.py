@@ -21,6 +21,7 @@ from quire.devices import generators, out_of_memory, release_memory
 from quire.errors import UserError
 from quire.evaluation.evaluate import bits_per_byte
 from quire.evaluation.loss import total_loss
+from quire.layers.dropout import drops
 from quire.layers.layer import Block
 from quire.progress import Update, bar, say
 from quire.run import Run
@@ -59,6 +60,7 @@ class Trainer:
         """`world`: the processes that train it together; None: those of this launch."""
         self.run, self.settings, self.device = run, settings, device
         self.world = world or join(settings.timeout)
+        self.world.share(settings.batch_size * settings.accumulation_steps)  # or refused, before anything is changed
         self.world.assemble()
         self.sharded = settings.parallel == "fsdp"
         self.precision = Precision(settings.precision, device)
@@ -95,6 +97,8 @@ class Trainer:
         self.clock = Clock(self.began - state.seconds, record, torch.get_num_threads(), self.world)
         if self.wrapped is None:
             self.wrap_model()
+        if self.world.size > 1 and drops(self.model):
+            say("Each process drops out other parts: with dropout, curves differ with the number of processes.")
         self.clock.start_measuring(state.step)
         watch = Watch()
         self.saved = self.clock.elapsed()

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quire import files, processes
+from quire import checkpoint, files, processes
 from quire.config import from_table
 from quire.data.reading import DataSettings
 from quire.data.shards import TokenStream
 from quire.errors import UserError
 from quire.progress import say
 from quire.run import Run
-from quire.training.distributed import World, join
+from quire.training.distributed import World, join, world_table
 from quire.training.loop import Trainer
 from quire.training.settings import Settings, TrainingSettings
 from quire.training.texts import find_data
@@ -55,6 +55,11 @@ def resume(
         state = trainer.state
         if processes.restarted() and (not state.finished or state.launch == processes.launch()):
             steps, minutes = 0, 0.0  # what was asked for has begun before
+        trained_by(trainer)
+        if state.finished and parallel and trainer.sharded != checkpoint.is_sharded(run.folder("last")):
+            save_anew(trainer)
+            say(f"{run.path} is finished; its checkpoints are now those of --parallel {parallel}.")
+            return run
         if state.finished and not (steps or minutes):
             say(
                 f"{run.path} is finished (step {state.step}): nothing to resume."
@@ -74,6 +79,23 @@ def resume(
             say(f"{run.path} was stopped before its first checkpoint and begins anew.")
         trainer.fit()
     return run
+
+
+def trained_by(trainer: Trainer) -> None:
+    """Let the run's manifest say by how many processes it is trained from here on."""
+    run, world = trainer.run, trainer.world
+    if world.leads and run.manifest.get("world_size") != world.size:
+        run.manifest = {**run.manifest, **world_table(trainer.settings, run.settings, world.size)}
+        files.write_json(run.path / "manifest.json", run.manifest)
+
+
+def save_anew(trainer: Trainer) -> None:
+    """Write the checkpoints of a finished run as this training would: whole, or in parts."""
+    for which in ("best", "last"):
+        if checkpoint.exists(trainer.run.folder(which)):
+            trainer.state = trainer.saving.load(trainer.run.folder(which))
+            trainer.save(which)
+            trainer.saving.finish()
 
 
 def verify(

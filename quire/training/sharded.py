@@ -135,7 +135,12 @@ class Shards:
             written.result()
         except CheckpointException as error:  # of any process, and of no kind that says what it is
             causes = [cause for cause, _ in error.failures.values()]
-            raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from error
+            if self.world.leads:
+                files.remove(files.beside(folder))  # it may be what fills the disk
+            cause = next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
+            if isinstance(cause, OSError):
+                cause.filename = cause.filename or str(folder)
+            raise cause from error
         new, own = files.beside(folder), {}
         for path in sorted(new.glob(f"shard-{self.world.rank + 1:05}-*.safetensors")):
             files.settle(path)

@@ -20,7 +20,7 @@ class Signals:
     """While entered, `received` is the first signal that came (else 0); a second Ctrl-C interrupts at once.
 
     Under torchrun nothing more than the first is heeded: what reaches a process there reaches torchrun too, which then
-    sends it again.
+    sends it again. Nor is any heeded after an error: torchrun asks all to end when one has, and this one does.
     """
 
     def __init__(self) -> None:
@@ -42,4 +42,4 @@ class Signals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if error is not None and processes.launched() else handler)

@@ -19,7 +19,7 @@ from quire.run import Run, refuse_existing
 from quire.training.begin import NewRun, begin_run, free_path
 from quire.training.clock import read_decisions
 from quire.training.curriculum import Curriculum, shortened
-from quire.training.distributed import World
+from quire.training.distributed import world_table
 from quire.training.settings import LENGTHS, Settings, TrainingSettings
 from quire.training.texts import STANDARD_INPUT, given_text, load_data
 from quire.training.threads import prepare_machine
@@ -151,8 +151,6 @@ def describe(settings: Settings, prepared: Prepared, origins: list[Table], devic
     from importlib.metadata import version
 
     training = settings.training
-    rows, size = training.batch_size * training.accumulation_steps, processes.world_size()
-    shares = [World(rank, size).share(rows) for rank in range(size)]
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {
@@ -163,8 +161,7 @@ def describe(settings: Settings, prepared: Prepared, origins: list[Table], devic
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": training.threads,
-        "world_size": processes.world_size(),
-        "tokens_per_rank": [len(range(rows)[share]) * settings.model.context_length for share in shares],
+        **world_table(training, settings.model, processes.world_size()),
         **({"launch": processes.launch()} if processes.launched() else {}),
         "compile": training.compile,
         "seed": training.seed,

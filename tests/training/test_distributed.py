@@ -4,7 +4,6 @@ exercise_processes.py runs as two processes that find each other as under torchr
 folder, and the tests read it there. Kills are torchrun's own matter, and go through it.
 """
 
-import errno
 import json
 import os
 import random
@@ -12,28 +11,32 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 import quire
 from quire import checkpoint, processes
 from quire.cli.main import call
 from quire.errors import UserError
+from quire.layers.dropout import drops
+from quire.models import build_model
 from quire.run import Run
 from quire.training import agreement, threads
 from quire.training import resume as resuming
-from quire.training.distributed import World
+from quire.training.distributed import Lost, World, beat
 from quire.training.loop import Trainer
 from quire.training.settings import TrainingSettings
 
 EXERCISE = Path(__file__).with_name("exercise_processes.py")
-SMALL = {"layers": 1, "embedding_size": 16, "heads": 2, "context_length": 16}
-MODEL = {**SMALL, "dropout": 0.1}
+MODEL = {"layers": 1, "embedding_size": 16, "heads": 2, "context_length": 16, "dropout": 0.1}
 TRAINING = {"batch_size": 5, "warmup_steps": 2, "sample_tokens": 10, "threads": 1, "device": "cpu", "steps": 12}
 CPU = torch.device("cpu")
 KILLED = 8  # the step at which a process is killed
@@ -130,25 +133,6 @@ def test_a_batch_with_too_few_windows_is_refused():
         World(0, 3).share(2)
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"engine": "manual"}, "hand-written backward cannot do without: take --engine autograd"),
-        ({"optimizer": "muon"}, "take --optimizer adamw, or --parallel ddp"),
-        ({"precision": "float16"}, "not --precision float16"),
-    ],
-)
-def test_what_cannot_be_sharded_is_refused(settings, said):
-    with pytest.raises(UserError, match=said):
-        TrainingSettings(steps=1, parallel="fsdp", **settings)
-
-
-def test_tables_cannot_be_sharded(lab):
-    with pytest.raises(UserError, match="cannot shard n-gram tables"):
-        quire.train(str(lab.text), run=lab.folder / "run", preset="ngram", steps=1, parallel="fsdp", optimizer="adamw",
-                    curriculum=(), model=SMALL)  # fmt: skip
-
-
 # ---- sharded checkpoints ----
 
 
@@ -183,55 +167,6 @@ def test_a_flipped_bit_in_a_shard_is_refused_by_name(folder, tmp_path, found):
     damaged = found[0]["sharded"]["damaged"]
     assert "shard-00002-model-00001-of-00002.safetensors is damaged: tensor model." in damaged
     assert found[1]["sharded"]["damaged"] == damaged
-
-
-def test_a_full_disk_is_said_where_parts_are_written(lab, monkeypatch):
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-
-    def full(writer: Any, plan: Any, planner: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(writer.path))
-
-    run = lab.train("run", steps=4, parallel="fsdp")
-    before = lab.contents(run.folder("last"))
-    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full)
-    with pytest.raises(OSError, match="No space left on device"):
-        resuming.resume(run, steps=4)
-    assert lab.contents(run.folder("last")) == before
-
-
-def test_what_is_gathered_in_bfloat16_is_measured_in_float32(lab):
-    run = lab.train("run", steps=4, parallel="fsdp", precision="bfloat16", sample_tokens=5)
-    assert run.metrics()[-1]["validation_loss"] == pytest.approx(quire.evaluate(run).validation_loss, rel=1e-7)
-    assert "```text" in (run.path / "samples.md").read_text()
-
-
-def test_one_process_shards_for_itself(lab):
-    run = lab.train("run", steps=12, parallel="fsdp")
-    assert resuming.verify(run) is None
-    assert checkpoint.is_sharded(run.folder("last"))
-    plain = lab.train("plain", steps=12)
-    for name, tensor in run.checkpoint().model.items():
-        torch.testing.assert_close(tensor, plain.checkpoint().model[name])
-    resumed = resuming.resume(run, steps=3)
-    assert resumed.metrics()[-1]["step"] == 15
-
-
-@pytest.mark.parametrize(
-    ("preset", "model", "data"),
-    [
-        ("lstm", {"embedding_size": 16, "context_length": 16, "layers": 1}, {}),
-        ("stack-mixed", {"context_length": 16}, {}),
-        ("transformer-base", {**SMALL, "context_length": 32, "feedforward_size": 32}, {"pairs": "pairs.tsv"}),
-    ],
-)
-def test_other_kinds_of_model_can_be_sharded(lab, preset, model, data):
-    """They train, measure, write, are saved and go on."""
-    (lab.folder / "pairs.tsv").write_text("".join(f"owl {i}\towls {i % 7}\n" for i in range(100)))
-    texts = [] if data else [str(lab.text)]
-    few = {"steps": 2, "batch_size": 2, "optimizer": "adamw", "sample_tokens": 5, "threads": 1, "device": "cpu"}
-    run = quire.train(*texts, run=lab.folder / "run", preset=preset, model=model, data=data, parallel="fsdp", **few)
-    assert resuming.resume(run, steps=2).metrics()[-1]["step"] == 4
-    assert (run.path / "samples.md").read_text().count("## Step") >= 2
 
 
 # ---- faults ----
@@ -337,6 +272,38 @@ def test_a_process_that_hangs_is_named(folder, found):
     started[1].communicate()
     assert code == 1
     assert f"Process 1 (pid {started[1].pid} on " in said and "does not answer: it hangs, or it was killed" in said
+
+
+def test_who_is_silent_while_others_wait_is_named(monkeypatch):
+    """Process 1 prepares and lives; process 2 does not."""
+    store, end = distributed.HashStore(), threading.Event()
+    for rank in (1, 2):
+        store.set(f"name/{rank}", f"pid {rank} on here")
+        store.set(f"beat/{rank}", "")
+    monkeypatch.setattr(processes, "store", lambda: store)
+    monkeypatch.setattr(processes, "ended", lambda: "")
+    with ThreadPoolExecutor(1) as beside:
+        beside.submit(beat, store, 1, 0.1, end)
+        with pytest.raises(Lost, match=r"^Process 2 \(pid 2 on here\) does not answer: it hangs"):
+            World(0, 3, timeout=1.0)._wait_for({"ready/1": 1, "ready/2": 2})
+        end.set()
+
+
+def test_a_batch_that_some_would_have_no_part_of_changes_nothing(lab, monkeypatch):
+    run = lab.train("run", steps=2, batch_size=1)
+    before = lab.contents(run.path)
+    monkeypatch.setattr(resuming, "join", lambda timeout: World(0, 2))
+    monkeypatch.setattr("quire.training.loop.join", lambda timeout: World(0, 2))
+    monkeypatch.setattr(processes, "store", distributed.HashStore)
+    with pytest.raises(UserError, match="1 window cannot be shared by 2 processes"):
+        resuming.resume(run, steps=2)
+    assert lab.contents(run.path) == before
+
+
+def test_every_way_to_drop_out_is_known(small_settings):
+    for kind, own in (("gpt", {}), ("recurrent", {"layers": 2}), ("ngram", {})):
+        for dropout in (0.0, 0.2):
+            assert drops(build_model(small_settings(kind, dropout=dropout, **own))) is bool(dropout)
 
 
 def test_a_mistake_is_told_once(folder, found):
