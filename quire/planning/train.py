@@ -10,12 +10,11 @@ from quire.planning.plan import Chosen, asked, follow
 from quire.planning.recipes import EXPORTABLE, FAMILIES
 from quire.progress import say
 from quire.run import Run, refuse_existing
-from quire.training.begin import BEGUN, begun_before
-from quire.training.distributed import join
+from quire.training.begin import NewRun, begin_run
 from quire.training.settings import Settings
 from quire.training.texts import is_prepared
 from quire.training.threads import in_words
-from quire.training.train import train_run
+from quire.training.train import new_run
 
 
 def train(
@@ -43,18 +42,17 @@ def train_planned(build: Callable[[Table], Settings], wanted: str, path: Path | 
     """Train what the planner chooses of the `wanted` family, and say what that was; of "", what `build` makes of no
     recipe. The minutes count from `began`, a time.time()."""
     settings = build({})
-    world = join(settings.training.timeout)
-    if not wanted or not world.leads:
-        return train_run(settings, path, began)
-    with world.leading(BEGUN):  # which fails, or leaves it to train_run to say what was begun
-        before = begun_before(settings, path)
-        if not before and path is not None:
+
+    def make() -> NewRun:
+        if not wanted:
+            return new_run(settings, path)
+        if path is not None:
             refuse_existing(path)
-        found = follow(build, wanted, began) if not before else None
-    if found is None:
-        return train_run(settings, path, began)
-    say(choice(found, wanted))
-    return train_run(found.settings, path, began, found.loaded)
+        found = follow(build, wanted, began)
+        say(choice(found, wanted))
+        return new_run(found.settings, path, found.loaded)
+
+    return begin_run(make, settings, path, began)
 
 
 def choice(found: Chosen, wanted: str) -> str:

@@ -16,7 +16,7 @@ from quire.data.tasks import TASKS
 from quire.errors import UserError
 from quire.progress import say
 from quire.run import Run, refuse_existing
-from quire.training.begin import NewRun, begin_run, free_path
+from quire.training.begin import NewRun, free_path
 from quire.training.clock import read_decisions
 from quire.training.curriculum import Curriculum, shortened
 from quire.training.distributed import world_table
@@ -36,21 +36,10 @@ class Loaded:
     piped: bytes | None = None
 
 
-def train_run(
-    settings: Settings, path: Path | None = None, began: float | None = None, loaded: Loaded | None = None
-) -> Run:
-    """Train a new run with finished settings; `began` is time.time() at the command's start, for --minutes.
-
-    A text that is `loaded` already, with these very settings, is not read again.
-    """
-    began = began or time.time()
+def new_run(settings: Settings, path: Path | None, loaded: Loaded | None = None) -> NewRun:
+    """Make a run of finished settings; a text that is `loaded` already, with these very settings, is not read again."""
     check_length(settings.training)
     check_pairs(settings)
-    return begin_run(lambda: new_run(settings, path, loaded), settings, path, began)
-
-
-def new_run(settings: Settings, path: Path | None, loaded: Loaded | None) -> NewRun:
-    """Make a run."""
     if path is not None:
         refuse_existing(path)
     kept = {}

@@ -20,7 +20,8 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     made: list[Settings] = []
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text(TEXT)
-    monkeypatch.setattr(planning_train, "train_run", lambda settings, *rest: made.append(settings))
+    monkeypatch.setattr(planning_train, "new_run", lambda settings, *rest: made.append(settings))
+    monkeypatch.setattr(planning_train, "begin_run", lambda make, *rest: make())
     return made
 
 
