@@ -273,8 +273,13 @@ def same_file(old: Path, new: Path) -> None:
     try:
         os.link(old, new)
     except OSError:
-        shutil.copyfile(old, new)
-        _sync(new)
+        try:
+            shutil.copyfile(old, new)
+            _sync(new)
+        except OSError as error:
+            if error.filename2 or not error.filename:  # it names both or none where the new one has no room
+                error.filename = str(new)
+            raise
 
 
 def complete_folder(path: Path, last_file: str) -> Path | None:

@@ -1,8 +1,10 @@
 """How a prepared text gets elsewhere: the index last, nothing sent twice, nothing else written over."""
 
+import errno
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -110,6 +112,17 @@ def test_nothing_else_is_written_over(prepared, tmp_path, monkeypatch, address):
     place.remove("unfinished.json")
     place.write("index.json", before["index.json"])
     assert {name: place.read(name) for name in place.names()} == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full: the disk that is always full")
+def test_a_full_disk_is_named_and_not_the_cache_that_is_copied(tmp_path):
+    (tmp_path / "old").write_bytes(b"tokens")
+    with pytest.raises(OSError) as full:
+        files.same_file(tmp_path / "old", Path("/dev/full"))
+    assert (full.value.errno, full.value.filename) == (errno.ENOSPC, "/dev/full")
+    with pytest.raises(FileNotFoundError) as gone:
+        files.same_file(tmp_path / "gone", tmp_path / "new")
+    assert gone.value.filename == str(tmp_path / "gone")
 
 
 def test_addresses_that_cannot_be(prepared, tmp_path, monkeypatch):
