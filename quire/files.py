@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,10 +108,9 @@ def write_unsynced(path: Path, data: bytes) -> None:
 
 
 def touch(path: Path) -> None:
-    """Note that a file was used just now."""
+    """Note that a file was used just now: whoever may write to it can."""
     operation("touch", path)
-    now = time.time_ns()
-    os.utime(path, ns=(now, now))
+    os.utime(path)
 
 
 def append_line(path: Path, line: str, sync: bool = False) -> None:

@@ -21,23 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from quire import files
+from quire import files, tokenizers
 from quire.data import shards
-from quire.data.elsewhere import (
-    READ_ONLY,
-    BlockCache,
-    BlockedFile,
-    Elsewhere,
-    FetchedTokens,
-    checksums,
-    local_path,
-    scheme_of,
-)
+from quire.data.cache import BlockCache, BlockedFile, FetchedTokens, checksums
+from quire.data.elsewhere import READ_ONLY, Elsewhere, local_path, scheme_of
 from quire.data.prepare import Prepared, folder_of
 from quire.data.shards import INDEX, STREAMS, Shard, TokenStream
-from quire.errors import UserError
+from quire.errors import UserError, choose
 from quire.progress import bar
-from quire.tokenizers import Tokenizer, load_tokenizer
+from quire.tokenizers import Tokenizer
 
 MARK, FORMAT = "quire_tokens", 1  # the index's first key, and its value
 BLOCK = 1 << 20  # bytes that are fetched at once
@@ -133,11 +125,10 @@ class Published:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens."""
-        data = self.folder.read(TOKENIZER, crc32=self.index["tokenizer"]["crc32"])
-        if isinstance(self.folder, Folder):
-            return load_tokenizer(self.folder.path / TOKENIZER)
-        files.write_unsynced(self._kept / TOKENIZER, data)
-        return load_tokenizer(self._kept / TOKENIZER)
+        about, place = self.index["tokenizer"], f"{self.folder.address}/{TOKENIZER}"
+        table = files.parse_json(self.folder.read(TOKENIZER, 0, about["bytes"], about["crc32"]), place)
+        kinds = {**tokenizers.TOKENIZERS, **tokenizers.READ_ONLY}
+        return kinds[choose(f"The tokenizer kind in {place}", str(table["kind"]), list(kinds))].from_table(table)
 
     def training(self, cache_gigabytes: float, looked_at: bool = False) -> TokenStream:
         """The training tokens: mapped on this machine, after a look at their checksums unless another process has just
@@ -151,7 +142,7 @@ class Published:
         parts = []
         for number, shard in enumerate(found):
             name, size = f"{shard['name']}.bin", shard["tokens"] * dtype.itemsize
-            kept = self._kept / f"{STREAMS[0]}-{number:05}"
+            kept = cache.folder / self.sha256[:32] / f"{STREAMS[0]}-{number:05}"
             file = BlockedFile(self.folder, name, size, block, shard["blocks"], cache, kept)
             parts.append(FetchedTokens(file, dtype))
         return TokenStream(parts)
@@ -166,10 +157,6 @@ class Published:
         ranges = {name: (start, end) for name, (start, end) in found["ranges"].items()}
         streams = self.training(cache_gigabytes), TokenStream(parts)
         return Prepared(self.tokenizer, *streams, report["validation_bytes"], report, ranges=ranges)
-
-    @property
-    def _kept(self) -> Path:
-        return files.cache_folder() / "elsewhere" / self.sha256[:32]
 
 
 def look(folder: Path, found: list[Shard]) -> None:
