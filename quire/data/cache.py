@@ -18,6 +18,7 @@ import numpy as np
 
 from quire import files
 from quire.data.elsewhere import Elsewhere
+from quire.data.shards import INDEX
 from quire.errors import UserError
 from quire.progress import say
 
@@ -161,11 +162,15 @@ class BlockedFile:
         return self.kept.with_name(f"{self.kept.name}.{number}")
 
     def fetch(self, number: int) -> bytes:
-        """A block from its source, into the cache too."""
+        """A block from its source, into the cache too; a UserError, to one who trains, where it cannot be had."""
         start = number * self.block_bytes
         stop = start + self.length(number)
         what = f"block {number} of it (bytes {start:,} to {stop:,})"
-        data = self.place.read(self.name, start, stop, self.checksum(number), what)
+        try:
+            data = self.place.read(self.name, start, stop, self.checksum(number), what)
+        except UserError as error:
+            moved = f"where the text has moved, with --data ADDRESS/{INDEX}"
+            raise UserError(f"{error} A run that has begun goes on with quire resume RUN; {moved}.") from error
         self.cache.store(self.path(number), data)
         return data
 

@@ -17,25 +17,48 @@ import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from quire import files, tokenizers
+from quire import files
 from quire.data import shards
 from quire.data.cache import BlockCache, BlockedFile, FetchedTokens, checksums
-from quire.data.elsewhere import READ_ONLY, Elsewhere, local_path, scheme_of
+from quire.data.elsewhere import LARGEST, READ_ONLY, Elsewhere, is_index, local_path, parted, scheme_of
 from quire.data.prepare import Prepared, folder_of
 from quire.data.shards import INDEX, STREAMS, Shard, TokenStream
-from quire.errors import UserError, choose
+from quire.errors import UserError
 from quire.progress import bar
-from quire.tokenizers import Tokenizer
+from quire.tokenizers import Tokenizer, load_tokenizer
 
 MARK, FORMAT = "quire_tokens", 1  # the index's first key, and its value
 BLOCK = 1 << 20  # bytes that are fetched at once
 TOKENIZER, BEGUN = "tokenizer.json", "unfinished.json"  # BEGUN: there until the index is, with its sha256
 
 Index = dict[str, Any]
+SHARD = {
+    "name": str,
+    "tokens": int,
+    "documents": int,
+    "bytes": int,
+    "blocks": str,
+    "crc32": {".bin": str, ".starts": str},
+}
+SHAPE = {  # of an index: what is read of it
+    "pairs": bool,
+    "block_bytes": int,
+    "dtype": str,
+    "report": {
+        **dict.fromkeys(("documents", "characters", "tokens", "vocabulary", "validation_bytes"), int),
+        **dict.fromkeys(("unit", "tokenizer", "held_out_as"), str),
+        "held_out": float,
+    },
+    "ranges": dict,
+    "tokenizer": {"bytes": int, "crc32": str},
+    **{name: [SHARD] for name in STREAMS},
+}
+DTYPES = ("<u2", "<u4")
 
 
 class Folder:
@@ -45,11 +68,11 @@ class Folder:
         self.path, self.address = path, str(path)
 
     def read(self, name: str, start: int = 0, stop: int | None = None, crc32: str = "", what: str = "") -> bytes:
-        """A file, or a part of it, which must have that checksum, if one is given."""
+        """The first LARGEST bytes of a file, or a part of it, which must have that checksum, if one is given."""
         try:
             with open(self.path / name, "rb") as file:
                 file.seek(start)
-                data = file.read(-1 if stop is None else stop - start)
+                data = file.read(LARGEST if stop is None else stop - start)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"There is no {self.path / name}.") from error
         if crc32 and files.crc32(data) != crc32:
@@ -101,16 +124,21 @@ class Published:
 
     @classmethod
     def at(cls, address: str) -> "Published":
-        """The one whose index.json has that address or path; nothing else of it is read yet."""
-        folder = folder_at(address.removesuffix(INDEX).rstrip("/\\") or ".")
+        """The one whose folder, or index.json, has that address or path; nothing but the index is read yet."""
+        place, query = parted(address)
+        place = place.removesuffix(INDEX) if is_index(place) else place
+        folder = folder_at((place.rstrip("/\\") or ".") + query)
         raw = folder.read(INDEX)
         return cls(folder, raw, parsed(raw, f"{folder.address}/{INDEX}"))
 
     @property
     def origin(self) -> dict[str, Any]:
         """Where it came from, as a run's manifest has it."""
-        where = os.path.abspath(self.folder.path) if isinstance(self.folder, Folder) else self.folder.address
-        return {"path": f"{where}/{INDEX}", "bytes": len(self.raw), "sha256": self.sha256}
+        if isinstance(self.folder, Folder):
+            path = f"{os.path.abspath(self.folder.path)}/{INDEX}"
+        else:
+            path = f"{self.folder.address}/{INDEX}{self.folder.query}"
+        return {"path": path, "bytes": len(self.raw), "sha256": self.sha256}
 
     @cached_property
     def sha256(self) -> str:
@@ -125,10 +153,14 @@ class Published:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens."""
-        about, place = self.index["tokenizer"], f"{self.folder.address}/{TOKENIZER}"
-        table = files.parse_json(self.folder.read(TOKENIZER, 0, about["bytes"], about["crc32"]), place)
-        kinds = {**tokenizers.TOKENIZERS, **tokenizers.READ_ONLY}
-        return kinds[choose(f"The tokenizer kind in {place}", str(table["kind"]), list(kinds))].from_table(table)
+        about = self.index["tokenizer"]
+        data = self.folder.read(TOKENIZER, 0, about["bytes"], about["crc32"])
+        if isinstance(self.folder, Folder):
+            return load_tokenizer(self.folder.path / TOKENIZER)
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / TOKENIZER
+            files.write_unsynced(path, data)
+            return load_tokenizer(path)
 
     def training(self, cache_gigabytes: float, looked_at: bool = False) -> TokenStream:
         """The training tokens: mapped on this machine, after a look at their checksums unless another process has just
@@ -152,7 +184,8 @@ class Published:
         found, report = self.index, self.index["report"]
         parts = []
         for shard in found[STREAMS[1]]:
-            data = self.folder.read(f"{shard['name']}.bin", crc32=shard["crc32"][".bin"])
+            size = shard["tokens"] * np.dtype(found["dtype"]).itemsize
+            data = self.folder.read(f"{shard['name']}.bin", 0, size, shard["crc32"][".bin"]) if size else b""
             parts.append(np.frombuffer(data, dtype=found["dtype"]))
         ranges = {name: (start, end) for name, (start, end) in found["ranges"].items()}
         streams = self.training(cache_gigabytes), TokenStream(parts)
@@ -176,17 +209,37 @@ def parsed(raw: bytes, name: str) -> Index:
         found = json.loads(raw)
     except (ValueError, RecursionError):
         found = None
+    no_index = UserError(
+        f"{name} is not the index of a prepared text, or it is damaged. To write one: quire prepare TEXT --out"
+        " FOLDER; to train on a JSON file as a text, give it another name."
+    )
     if not isinstance(found, dict) or MARK not in found:
-        raise UserError(
-            f"{name} is not the index of a prepared text, or it is damaged. To write one: quire prepare TEXT --out"
-            " FOLDER; to train on a JSON file as a text, give it another name."
-        )
+        raise no_index
     if found[MARK] != FORMAT:
         raise UserError(
             f"{name} is of the format {found[MARK]!r}, and this Quire reads format {FORMAT}. Prepare the text anew with"
             " this Quire, or use the one that wrote it."
         )
-    return files.parse_json(raw, name)
+    found = files.parse_json(raw, name)
+    if not has_shape(found, SHAPE) or found["block_bytes"] < 1 or found["dtype"] not in DTYPES:
+        raise no_index
+    if any(not has_shape(span, [int]) or len(span) != 2 for span in found["ranges"].values()):
+        raise no_index
+    for shard in (shard for name in STREAMS for shard in found[name]):
+        size = shard["tokens"] * np.dtype(found["dtype"]).itemsize
+        if size < 0 or len(shard["blocks"]) != 8 * -(-size // found["block_bytes"]):
+            raise no_index
+    return found
+
+
+def has_shape(value: Any, shape: Any) -> bool:
+    """Whether a value that came as JSON has the keys of a shape, and what they hold is of its types; there may be
+    more."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(key in value and has_shape(value[key], shape[key]) for key in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
+    return isinstance(value, shape)
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------

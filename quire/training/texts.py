@@ -150,7 +150,7 @@ def find_prepared(run: Run, settings: Settings, moved: tuple[str, ...], looked_a
     address = moved[0] if moved else origin["path"]
     where = f"Say where it is now: quire resume {run.path} --data ADDRESS/{INDEX}"
     try:
-        found = Published.at(address if is_index(address) else f"{address.rstrip('/')}/{INDEX}")
+        found = Published.at(address)
         if found.sha256 == origin["sha256"]:
             return found.training(settings.data.cache_gigabytes, looked_at)
     except UserError as error:

@@ -1,14 +1,17 @@
 """Prepared text that lies elsewhere: what is fetched, kept, checked and refused."""
 
+import contextlib
 import json
 import random
 import re
+import threading
 
 import fsspec
 import numpy as np
 import pytest
 
 from quire import files
+from quire.data import elsewhere, published
 from quire.data.batches import Batches, Cursor, cut
 from quire.data.published import Published
 from quire.errors import UserError
@@ -16,6 +19,7 @@ from quire.errors import UserError
 pytestmark = pytest.mark.usefixtures("shelf")
 
 BLOCK = 500  # bytes
+NO_INDEX = r"is not the index of a prepared text, or it is damaged"
 SMALL = 64 * BLOCK / 1e9  # the least that a cache may have, in gigabytes
 ADDRESS = "memory://shelf/book"
 
@@ -78,6 +82,50 @@ def blocks_of(book: dict[str, bytes], start: int, stop: int) -> set[tuple[str, i
         found |= {(name, at // BLOCK) for at in range(len(book[name])) if start <= begins + at < stop}
         begins += len(book[name])
     return found
+
+
+@pytest.mark.parametrize("where", ["memory", "web", "folder"])
+def test_no_more_is_read_of_a_file_than_an_index_can_have(book, shelf, tmp_path, monkeypatch, where):
+    (tmp_path / "index.json").write_bytes(book["index.json"])
+    address = {"memory": shelf.in_memory, "web": shelf.on_web, "folder": lambda _: str(tmp_path)}[where](book)
+    for room, fits in ((len(book["index.json"]), True), (len(book["index.json"]) - 2, False)):
+        for module in (elsewhere, published):
+            monkeypatch.setattr(module, "LARGEST", room)
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match=NO_INDEX):
+            assert Published.at(address).raw == book["index.json"]
+
+
+def test_a_server_that_sends_without_an_end_is_cut_off(book, shelf, server, monkeypatch):
+    stream, sent = shelf.stream(shelf.on_web(book)), []
+
+    class Endless(server.RequestHandlerClass):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(1000):  # sixty-five million bytes, if they are taken
+                self.wfile.write(b"[" * 65536)
+                sent.append(65536)
+
+    server.RequestHandlerClass = Endless
+    monkeypatch.setattr(server, "handle_error", lambda *whoever: None)
+    monkeypatch.setattr(elsewhere, "LARGEST", 1 << 20)
+    with pytest.raises(UserError, match=NO_INDEX):
+        Published.at(f"{server.address}/book/index.json")
+    with pytest.raises(UserError, match=r"training-00000.bin: its server sends more than the bytes asked for"):
+        stream[:9]
+    assert sum(sent) < 40e6, "of four requests"
+
+
+def test_the_query_of_an_address_goes_with_every_file(book, shelf, server):
+    """As the signature of a folder on the web does; a fragment is no server's business."""
+    address = shelf.on_web(book, "?key=a%2Fb&until=9")
+    for spelled in (address, f"{address}#top", f"HTTP{address[4:]}"):
+        found = Published.at(spelled).prepared(1.0)
+        assert np.array_equal(found.training[5:900], shelf.tokens(book)[5:900])
+        assert np.array_equal(found.validation[:], shelf.tokens(book, "validation"))
+        assert Published.at(spelled).origin["path"] == address
+        files.remove(files.cache_folder())
+    assert len(server.requests) > 9 and all(path.endswith("?key=a%2Fb&until=9") for path in server.requests)
 
 
 # ---- stores of other kinds ----------------------------------------------------------------------------------------
@@ -146,7 +194,9 @@ def test_a_busy_server_is_asked_again_and_a_silent_one_named(book, shelf, server
     file.fails = 2
     assert np.array_equal(stream[:9], tokens[:9]) and len(file.asked) == 3
     file.fails = 6  # of two blocks
-    with pytest.raises(UserError, match=r"training-00000.bin could not be read in 3 tries: 503.*quire resume RUN"):
+    with pytest.raises(
+        UserError, match=r"training-00000.bin could not be read in 3 tries: 503.* with quire resume RUN"
+    ):
         stream.fetch([slice(900, 910), slice(2000, 2010)])
     server.shutdown()
     server.server_close()
@@ -155,6 +205,15 @@ def test_a_busy_server_is_asked_again_and_a_silent_one_named(book, shelf, server
     ):
         stream[len(book["training-00000.bin"]) // 2 + 1]
     assert np.array_equal(stream[:9], tokens[:9]), "what is here is read on"
+
+
+def test_a_server_that_says_nothing(book, shelf, server, monkeypatch):
+    done = threading.Event()
+    monkeypatch.setattr(elsewhere, "TIMEOUT", 0.1)
+    server.answers["/book/index.json"] = lambda headers: (done.wait(30), {}, b"")
+    with pytest.raises(UserError, match=r"index.json could not be read in 3 tries: no answer in time. Try again"):
+        Published.at(f"{server.address}/book/index.json")
+    done.set()
 
 
 def test_a_server_without_ranges_and_one_that_leads_into_this_network(book, shelf, server):
@@ -167,7 +226,6 @@ def test_a_server_without_ranges_and_one_that_leads_into_this_network(book, shel
         Published.at(f"{server.address}/moved/index.json")
 
 
-NO_INDEX = r"is not the index of a prepared text, or it is damaged"
 FLIPPED = r"index.json is damaged: its contents do not match its checksum"
 
 
@@ -190,6 +248,23 @@ def test_what_is_no_index_is_refused(book, shelf, raw, says):
         fsspec.filesystem("memory").pipe_file("/shelf/book/index.json", data)
     with pytest.raises(UserError, match=says):
         Published.at(address)
+
+
+def test_an_index_that_lacks_something_is_refused(book):
+    """Its checksum is right: another program may have written it so."""
+    index = json.loads(book["index.json"])
+    shard = index["training"][0]
+    wrong = [{key: value for key, value in index.items() if key != gone} for gone in index if gone != "crc32"]
+    wrong += [{**index, "training": [{k: v for k, v in shard.items() if k != gone}]} for gone in shard]
+    wrong += [{**index, "block_bytes": 0}, {**index, "dtype": "<f8"}, {**index, "ranges": {"a": [1]}},
+              {**index, "report": {}}, {**index, "validation": {}}, {**index, "tokenizer": {"bytes": "9"}},
+              {**index, "training": [{**shard, "blocks": shard["blocks"][:-8]}]},
+              {**index, "training": [{**shard, "tokens": -1, "blocks": ""}]}]  # fmt: skip
+    assert len(wrong) > 20
+    for value in wrong:
+        raw = files.spelled_json({key: value for key, value in value.items() if key != "crc32"})
+        with pytest.raises(UserError, match=NO_INDEX):
+            published.parsed(raw, "index.json")
 
 
 def test_a_damaged_folder_on_this_machine_is_refused_by_name(book, tmp_path):

@@ -125,6 +125,18 @@ def test_a_full_disk_is_named_and_not_the_cache_that_is_copied(tmp_path):
     assert gone.value.filename == str(tmp_path / "gone")
 
 
+def test_a_store_that_takes_nothing(prepared, monkeypatch):
+    def busy(self, *arguments, **how):
+        raise OSError("busy")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "pipe_file", busy)
+    with pytest.raises(
+        UserError, match=r"unfinished.json could not be written in 3 tries: busy. Try again when it ans"
+    ) as said:
+        publish(prepared(1, 3000), ADDRESS)
+    assert "RUN" not in str(said.value), "there is none"
+
+
 def test_addresses_that_cannot_be(prepared, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("text")
     for address, says in (("https://host/book", r"https://host/book can only be read"),

@@ -64,8 +64,8 @@ def test_weights_are_those_of_training_on_the_text(lab, server, quire, kind):
         assert said.code == 0 and f"quire train {out}/index.json --minutes 5" in said.err
     names = {path.name for path in Path("here").iterdir()}
     for path in Path("here").iterdir():
-        server.answers[f"/{path.name}"] = ranged(path.read_bytes())
-    for number, address in enumerate((INDEX, "here/index.json", f"{server.address}/index.json")):
+        server.answers[f"/{path.name}?key=1"] = ranged(path.read_bytes())
+    for number, address in enumerate((INDEX, "here/index.json", f"{server.address}/index.json?key=1")):
         run = train(lab, address, f"run-{number}")
         lab.assert_same(run, straight)
         assert run.config["training"]["tokenizer"] == kind
@@ -119,7 +119,9 @@ def test_what_vanishes_while_it_trains(lab, quire):
         if name.endswith(".bin"):
             del fsspec.filesystem("memory").store[name]
     files.remove(files.cache_folder() / "elsewhere")
-    with pytest.raises(UserError, match=rf"There is no {ADDRESS}/training-00000.bin"):
+    with pytest.raises(
+        UserError, match=rf"There is no {ADDRESS}/training-00000.bin. A run.* goes on with quire resume RUN"
+    ):
         resume(lab.folder / "run")
     fsspec.filesystem("memory").store.update(before)
     lab.assert_same(resume(lab.folder / "run"), straight)
