@@ -1,6 +1,8 @@
 """quire prepare: a text's tokens in a folder of their own, here or elsewhere, to be trained on from anywhere."""
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -8,6 +10,7 @@ from tyro.conf import OmitArgPrefixes
 
 from quire.cli.flags import Switch, Texts, parse, print_json, program
 from quire.cli.train import TextSettings
+from quire.data.elsewhere import local_path
 from quire.data.published import publish, target_at
 from quire.data.reading import DataSettings
 from quire.data.shards import INDEX
@@ -54,6 +57,10 @@ def run(words: list[str]) -> int:
         raise UserError(f"TEXT ({data.text[0]}) and --pairs {data.pairs} both name what to prepare. Choose one.")
     if is_prepared(data):
         raise UserError(f"{data.named[0]} is prepared already. To have it elsewhere, copy its folder.")
+    out = local_path(given.out)
+    for name in (*data.named, data.validation):
+        if out is not None and os.path.isdir(name) and out.resolve().is_relative_to(Path(name).resolve()):
+            raise UserError(f"--out {given.out} lies in {name}, which is read as text. Name a folder outside of it.")
     target_at(given.out)  # or refused before a long text is read
     _, prepared, _ = load_data(settings, piped)
     say(f"{', '.join(data.named[:3])}: {prepared}")

@@ -20,7 +20,10 @@ def download(address: str, on_bytes: Progress | None = None) -> Path:
     for any redirect to a private address: whoever trusts that address can name it.
     """
     if address.partition("://")[0].lower() not in ("http", "https"):
-        raise UserError(f"{address} is not an http or https address, the only kinds that are downloaded.")
+        raise UserError(
+            f"{address} is not an http or https address, the only kinds that a text is read from. Elsewhere lies"
+            " prepared text: quire prepare FILE --out ADDRESS writes it, and quire train ADDRESS/index.json reads it."
+        )
     record = _record(address)
     copy, part = record.with_suffix(""), record.with_suffix(".part")
     if _is_whole(copy, record):

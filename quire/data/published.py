@@ -10,9 +10,11 @@ each TEXT lies in the training tokens, if there are several), the tokenizer's si
 tokens, documents, bytes of text, the CRC-32 of its files, and `blocks`: the CRC-32 of each block of its tokens.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -201,6 +203,20 @@ def look(folder: Path, found: list[Shard]) -> None:
                 f"{name}.bin or {name}.starts is missing or damaged: it does not match its checksum in {INDEX}."
                 f" Write it again: quire prepare TEXT --out {folder}"
             )
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder on this machine is that of a prepared text."""
+    if not all(os.path.isfile(folder / name) for name in (INDEX, TOKENIZER)):
+        return False
+    with contextlib.suppress(OSError), open(folder / INDEX, "rb") as file:
+        return is_marked(file.read(64))
+    return False
+
+
+def is_marked(beginning: bytes) -> bool:
+    """Whether a file that begins so is the index of a prepared text, whatever it is called."""
+    return bool(re.match(rf'\s*{{\s*"{MARK}"'.encode(), beginning))
 
 
 def parsed(raw: bytes, name: str) -> Index:

@@ -10,6 +10,7 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
@@ -20,6 +21,8 @@ from quire.data.download import download
 from quire.data.elsewhere import is_index
 from quire.data.hub import hub_documents, is_hub
 from quire.data.parquet import parquet_documents
+from quire.data.published import is_marked, is_published
+from quire.data.shards import INDEX
 from quire.data.splitting import check_kind, pairs, records, split
 from quire.data.spool import Corpus, Spool
 from quire.data.tasks import TASKS
@@ -38,7 +41,7 @@ TEXT_SUFFIXES = frozenset(_TEXT_SUFFIXES.split())
 UNPACKED_LIMIT = 1 << 24  # bytes a .gz file may always expand to, and
 UNPACKED_RATIO = 200  # beyond them times its own size (text: 3 to 20; a bomb: 1,000)
 
-IS_RUN = "is a run of Quire"
+IS_RUN, IS_PREPARED = "is a run of Quire", "is a prepared text"
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,11 @@ class _Reader:
             self.add_documents(*hub_documents(text, self.settings.text_field, self.on_progress))
         elif "://" in text:
             self.add_path(text, str(download(text, self.on_progress)))
-        elif os.path.isdir(text) and _why_not_enter(text) == IS_RUN:
+        elif os.path.isdir(text) and _stands_alone(text) == IS_RUN:
             raise UserError(f"{text} is a run, not a text. To train it further: quire resume {text} --minutes 5")
+        elif os.path.isdir(text) and _stands_alone(text) == IS_PREPARED:
+            index = f"{'--pairs ' * bool(self.settings.pairs)}{text.rstrip('/')}/{INDEX}"
+            raise UserError(f"{text} holds a prepared text, which stands alone, to be trained on: quire train {index}")
         elif os.path.isdir(text):
             self.add_found(text, self.files_below(text))
         elif os.path.exists(text):
@@ -216,7 +222,11 @@ class _Reader:
                 size = len(file.getbuffer()) if isinstance(file, io.BytesIO) else size or 0
                 limit = max(UNPACKED_LIMIT, UNPACKED_RATIO * size)
                 blocks, path = unpacked(name, stored, limit) if size else blocks, path.with_suffix("")
-            text = decoded(name, blocks, self.settings.encoding, self.settings.encoding_errors)
+            first = next(blocks, b"")
+            if is_marked(first):
+                remedy = "Name it where its files lie: quire train ADDRESS/index.json"
+                raise NotText(shown(name), "is the index of a prepared text, no text itself", remedy)
+            text = decoded(name, chain([first], blocks), self.settings.encoding, self.settings.encoding_errors)
             try:
                 if self.settings.pairs:
                     self.spool.add_pieces(pairs(name, text, path.suffix == ".jsonl", self.settings.encoding_errors))
@@ -286,8 +296,15 @@ class _Reader:
         paths: set[str] = set()
         for match in glob.glob(pattern, recursive=True):
             if not os.path.isdir(match):
-                paths.add(match)
-            elif "**" not in pattern:  # which matches the files below by itself
+                if is_published(Path(match).parent):
+                    self.skipped.append((match, "is a part of a prepared text"))
+                else:
+                    paths.add(match)
+            elif "**" in pattern:  # which matches the files below by itself
+                continue
+            elif reason := _stands_alone(match):
+                self.skipped.append((match, reason))
+            else:
                 paths.update(self.files_below(match))
         return sorted(paths)
 
@@ -297,10 +314,14 @@ def _why_not_enter(folder: str) -> str:
         return "is a hidden folder"
     if os.path.islink(folder):
         return "is a link to a folder"
+    return _stands_alone(folder)
+
+
+def _stands_alone(folder: str) -> str:
     is_run = all(
         os.path.exists(os.path.join(folder, name)) for name in ("config.toml", "manifest.json", "tokenizer.json")
     )
-    return IS_RUN if is_run else ""
+    return IS_RUN if is_run else IS_PREPARED if is_published(Path(folder)) else ""
 
 
 def _size(path: str) -> int:

@@ -48,9 +48,6 @@ def load_data(settings: Settings, piped: bytes | None = None) -> tuple[Settings,
 
 def open_text(settings: Settings, piped: bytes | None = None) -> "ReadText | PreparedText":
     """The text that the settings name: read, or found where it lies prepared."""
-    for name in settings.data.named:
-        if (Path(name) / INDEX).is_file() and (Path(name) / "tokenizer.json").is_file():
-            raise UserError(f"{name} holds a prepared text. Name its index: {name.rstrip('/')}/{INDEX}")
     return PreparedText(settings.data) if is_prepared(settings.data) else ReadText(*read_texts(settings, piped))
 
 

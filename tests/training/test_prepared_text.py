@@ -1,9 +1,11 @@
 """Training on a prepared text, here and elsewhere, is training on the text itself."""
 
 import json
+import os
 import random
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import pytest
 import quire as library
 from quire import files
 from quire.data import elsewhere, published
+from quire.data.reading import DataSettings, read
 from quire.errors import UserError
 from quire.planning.plan import asked, follow
 from quire.run import Run
@@ -218,6 +221,11 @@ def test_the_planner_takes_a_recipe_and_leaves_the_tokenizer(lab, quire, monkeyp
         ("train text/index.json", r"is not the index of a prepared text"),
         ("train nothing/index.json", r"There is no nothing.index.json"),
         ("train s3://bucket/index.json", r"s3://bucket needs a further package .*: pip install 'quire\[s3\]'"),
+        ("train s3://bucket/text.txt", r"not an http or https address.* quire prepare FILE --out ADDRESS writes it"),
+        ("train shelf", r"shelf holds a prepared text, which stands alone.* quire train shelf/index.json"),
+        ("train --pairs shelf", r"shelf holds a prepared text, .* quire train --pairs shelf/index.json"),
+        ("train renamed.json", r"renamed.json is the index of a prepared text, no text itself. Name it where its f"),
+        ("evaluate base shelf", r"shelf holds a prepared text"),
         ("evaluate base INDEX", r"names a prepared text, which stands alone"),
         ("prepare text.txt", r"Say where the tokens go: --out FOLDER"),
         ("prepare INDEX --out x", r"is prepared already. To have it elsewhere, copy its folder"),
@@ -225,12 +233,16 @@ def test_the_planner_takes_a_recipe_and_leaves_the_tokenizer(lab, quire, monkeyp
         ("prepare text.txt --pairs reverse --out x", r"both name what to prepare"),
         ("prepare text.txt --tokenizer nonsense --out x", r"no tokenizer at nonsense"),
         ("prepare text.txt --tokenizer nonsense --out http://127.0.0.1:9/x", r"can only be read"),  # said at once
+        ("prepare text.txt text --out text/x", r"--out text/x lies in text, which is read as text. Name a folder outs"),
+        ("prepare text.txt --validation . --out x", r"--out x lies in \., which is read as text"),
         ("prepare text.txt --out text.txt/x", r"text.txt is a file. Name a folder"),
         ("prepare text.txt --out text", r"text holds another index.json, which is not written over"),
     ],
 )  # fmt: skip
 def test_mistakes(lab, quire, monkeypatch, line, says):
     quire("prepare", "text.txt", "--tokenizer", "character", "--out", ADDRESS)
+    fsspec.filesystem("memory").get("/shelf/book/", "shelf/", recursive=True)
+    shutil.copy("shelf/index.json", "renamed.json")
     (lab.folder / "text").mkdir()
     (lab.folder / "text" / "index.json").write_text('{"pages": []}')
     if line.startswith("evaluate"):
@@ -241,6 +253,23 @@ def test_mistakes(lab, quire, monkeypatch, line, says):
     said = quire(*line.replace("INDEX", INDEX).split(), *flags)
     assert said.code == 2 and re.search(says, said.plain), said.err
     assert not (lab.folder / "runs").exists() and not (lab.folder / "x").exists()
+
+
+@pytest.mark.parametrize("named", ["corpus", "corpus/*", "corpus/**", "corpus/**/*"])
+def test_a_prepared_text_in_a_folder_of_texts_is_passed_over(lab, quire, named):
+    for name in ("a.txt", "shelf/b.txt"):
+        (lab.folder / "corpus" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(lab.text, f"corpus/{name}")
+    quire("prepare", "text.txt", "--tokenizer", "character", "--out", "corpus/shelf/one")
+    shutil.copy("corpus/shelf/one/index.json", "corpus/renamed.json")
+    found = read([named], DataSettings())
+    assert [origin["path"] for origin in found.origins] == [os.path.abspath("corpus/a.txt"),
+                                                            os.path.abspath("corpus/shelf/b.txt")]  # fmt: skip
+    skipped = {Path(path).name: reason for path, reason in found.skipped}
+    assert skipped["renamed.json"] == "is the index of a prepared text, no text itself"
+    passed = "one", "is a prepared text", "tokenizer.json", "is a part of a prepared text"
+    assert skipped.get(passed[0]) == passed[1] or skipped.get(passed[2]) == passed[3]
+    found.close()
 
 
 def test_a_run_is_named_after_the_folder(lab, quire):
