@@ -21,8 +21,8 @@ def download(address: str, on_bytes: Progress | None = None) -> Path:
     """
     if address.partition("://")[0].lower() not in ("http", "https"):
         raise UserError(
-            f"{address} is not an http or https address, the only kinds that a text is read from. Elsewhere lies"
-            " prepared text: quire prepare FILE --out ADDRESS writes it, and quire train ADDRESS/index.json reads it."
+            f"{address} is not an http or https address, the only kinds that a text is read from. Other places"
+            " can hold prepared text: quire prepare FILE --out ADDRESS, then quire train ADDRESS/index.json."
         )
     record = _record(address)
     copy, part = record.with_suffix(""), record.with_suffix(".part")

@@ -221,7 +221,7 @@ def test_the_planner_takes_a_recipe_and_leaves_the_tokenizer(lab, quire, monkeyp
         ("train text/index.json", r"is not the index of a prepared text"),
         ("train nothing/index.json", r"There is no nothing.index.json"),
         ("train s3://bucket/index.json", r"s3://bucket needs a further package .*: pip install 'quire\[s3\]'"),
-        ("train s3://bucket/text.txt", r"not an http or https address.* quire prepare FILE --out ADDRESS writes it"),
+        ("train s3://bucket/text.txt", r"not an http or https address.* quire prepare FILE --out ADDRESS, then"),
         ("train shelf", r"shelf holds a prepared text, which stands alone.* quire train shelf/index.json"),
         ("train --pairs shelf", r"shelf holds a prepared text, .* quire train --pairs shelf/index.json"),
         ("train renamed.json", r"renamed.json is the index of a prepared text, no text itself. Name it where its f"),
