@@ -95,6 +95,16 @@ def test_no_more_is_read_of_a_file_than_an_index_can_have(book, shelf, tmp_path,
             assert Published.at(address).raw == book["index.json"]
 
 
+def test_of_a_shard_without_tokens_nothing_is_asked(book, shelf):
+    """A store need not know a range without bytes."""
+    index = json.loads(book["index.json"])
+    del index["crc32"]
+    index["validation"].append({"name": "validation-00001", "tokens": 0, "documents": 0, "bytes": 0, "blocks": "",
+                                "crc32": {".bin": "00000000", ".starts": "00000000"}})  # fmt: skip
+    found = Published.at(shelf.in_memory({**book, "index.json": files.spelled_json(index)})).prepared(1.0)
+    assert np.array_equal(found.validation[:], shelf.tokens(book, "validation"))
+
+
 def test_a_server_that_sends_without_an_end_is_cut_off(book, shelf, server, monkeypatch):
     stream, sent = shelf.stream(shelf.on_web(book)), []
 

@@ -255,14 +255,14 @@ def test_mistakes(lab, quire, monkeypatch, line, says):
     assert not (lab.folder / "runs").exists() and not (lab.folder / "x").exists()
 
 
-@pytest.mark.parametrize("named", ["corpus", "corpus/*", "corpus/**", "corpus/**/*"])
+@pytest.mark.parametrize("named", ["corpus", "corpus/*", "corpus/*.* corpus/*/*", "corpus/**", "corpus/**/*"])
 def test_a_prepared_text_in_a_folder_of_texts_is_passed_over(lab, quire, named):
     for name in ("a.txt", "shelf/b.txt"):
         (lab.folder / "corpus" / name).parent.mkdir(exist_ok=True)
         shutil.copy(lab.text, f"corpus/{name}")
     quire("prepare", "text.txt", "--tokenizer", "character", "--out", "corpus/shelf/one")
     shutil.copy("corpus/shelf/one/index.json", "corpus/renamed.json")
-    found = read([named], DataSettings())
+    found = read(named.split(), DataSettings())
     assert [origin["path"] for origin in found.origins] == [os.path.abspath("corpus/a.txt"),
                                                             os.path.abspath("corpus/shelf/b.txt")]  # fmt: skip
     skipped = {Path(path).name: reason for path, reason in found.skipped}
