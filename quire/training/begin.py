@@ -158,8 +158,9 @@ def free_path(text: str) -> Path:
 
 def names_after(text: str) -> Iterator[Path]:
     """runs/NAME after a text, then NAME-2, NAME-3 ... without an end."""
-    named = text.removesuffix(INDEX) if is_index(text) else text  # a prepared text is called as its folder is
-    bare = "standard-input" if text == "-" else re.sub(r"[?#].*", "", named.rstrip("/\\"))
+    named = re.sub(r"[?#].*", "", text) if "://" in text else text
+    named = named.removesuffix(INDEX) if is_index(text) else named  # a prepared text is called as its folder is
+    bare = "standard-input" if text == "-" else named.rstrip("/\\")
     stem = re.split(r"[/\\]", bare)[-1].split(".")[0] or Path(bare).resolve().name
     name = re.sub(r"[^\w-]+", "-", stem).strip("-") or "run"
     return (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))

@@ -22,6 +22,7 @@ from quire.data.reading import DataSettings, read
 from quire.errors import UserError
 from quire.planning.plan import asked, follow
 from quire.run import Run
+from quire.training.begin import names_after
 from quire.training.resume import resume, verify
 
 ADDRESS = "memory://shelf/book"
@@ -270,6 +271,10 @@ def test_a_prepared_text_in_a_folder_of_texts_is_passed_over(lab, quire, named):
     passed = "one", "is a prepared text", "tokenizer.json", "is a part of a prepared text"
     assert skipped.get(passed[0]) == passed[1] or skipped.get(passed[2]) == passed[3]
     found.close()
+
+
+def test_a_signed_address_names_a_run_as_another_does():
+    assert next(names_after("https://host/shelf/book/index.json?token=a/b#c")) == Path("runs/book")
 
 
 def test_a_run_is_named_after_the_folder(lab, quire):
