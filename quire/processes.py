@@ -2,7 +2,7 @@
 
 torchrun sets in each process RANK (its number), WORLD_SIZE (how many there are), LOCAL_RANK (its number on its
 machine), and the address of a store, a small table on the network in which all of them write and read. Where nothing
-is set, there is one process, and it leads.
+is set, there is one process, and it leads. The processes that Lightning starts have LOCAL_RANK and NODE_RANK alone.
 """
 
 import os
@@ -51,7 +51,7 @@ def beside_leader() -> bool:
 
 def leads() -> bool:
     """Whether this is the process that prints and writes."""
-    return rank() == 0
+    return rank() == 0 if launched() else all(int(os.environ.get(name, 0)) == 0 for name in ("LOCAL_RANK", "NODE_RANK"))
 
 
 def restarted() -> bool:

@@ -143,14 +143,13 @@ def prepare(
             }
             head = {"format": FORMAT, "content": _key(content), "tokenizer": _key(spelling), "report": about}
             index = _encode(folder, head, tokenizer, (training, held_out), policy)
-    streams = [shards.opened(folder, index[name], index["dtype"]) for name in STREAMS]
-    report = index["report"]
-    if not report["validation_bytes"]:
+    found = _prepared(key, index, tokenizer)
+    if not found.validation_bytes:
         raise UserError(
             "Nothing of the held-out text is left that the tokenizer knows: no loss can be measured on it."
             " Give another --validation FILE, or another --tokenizer."
         )
-    found = Prepared(tokenizer, streams[0], streams[1], report["validation_bytes"], report, key, corpus.left_out)
+    found.left_out = corpus.left_out
     for name, first, last in corpus.arguments:
         start, end = (shards.start_of(folder, index["training"], document) for document in (first, last))
         if start < end:
@@ -166,6 +165,19 @@ def opened(key: str, looked_at: bool = False) -> TokenStream | None:
     folder = folder_of(key)
     index = _whole(folder, looked_at) if key else None
     return None if index is None else shards.opened(folder, index[STREAMS[0]], index["dtype"])
+
+
+def prepared_by_another(key: str) -> Prepared | None:
+    """What another process has just prepared under `key`, if the cache has it: taken as it is, without its ranges."""
+    folder = folder_of(key)
+    index = _whole(folder, looked_at=True) if key else None
+    return None if index is None else _prepared(key, index, load_tokenizer(folder / "tokenizer.json"))
+
+
+def _prepared(key: str, index: Any, tokenizer: Tokenizer) -> Prepared:
+    training, validation = (shards.opened(folder_of(key), index[name], index["dtype"]) for name in STREAMS)
+    report = index["report"]
+    return Prepared(tokenizer, training, validation, report["validation_bytes"], report, key)
 
 
 def spelled(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     from quire.interop.lightning import GPT2, TextData, Trainer, generate
 
-    model, data = GPT2(max_len=256), TextData("book.txt", batch_size=4)
+    model, data = GPT2(max_len=256, warmup_steps=100), TextData("book.txt", batch_size=4)
     Trainer(max_steps=1000, accumulate_grad_batches=10).fit(model, data)
     print(generate(model, prompt="The ", max_new_tokens=100))
 
@@ -10,6 +10,7 @@ The model, its optimizer, its schedule and the order of its data are Quire's; th
 the checkpoints are Lightning's. Needs the package lightning.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,15 @@ from quire.interop.lightning_runs import Kept, Unsaved, settled_tokenizer, to_ru
 
 __all__ = ["GPT2", "LanguageModel", "TextData", "Trainer", "from_run", "generate", "to_run"]
 
-SHARES = 10  # of a training of so many steps, at most, after each of which it is measured and saved
+SHARES = 10  # of a training, at most, after each of which it is measured and saved
 FEWEST_STEPS = 10  # in each of them
 
 
 class Trainer(pl.Trainer):
     """Lightning's Trainer, with all of its arguments; what Lightning refuses at its construction is a UserError.
 
-    Without arguments that say otherwise a training of max_steps is measured and saved about ten times, the last time at
-    its end, and a line is logged every 10 steps.
+    Without arguments that say otherwise a training of max_steps is measured and saved ten times (one of fewer than 100
+    steps less often), the last time at its end, and a line is logged every 10 steps.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -56,27 +57,62 @@ class Trainer(pl.Trainer):
             )
         try:
             super().__init__(**with_defaults(arguments))
-        except MisconfigurationException as error:
-            card = unused_card() or 'Without a GPU take accelerator="cpu", with devices=N for N processes.'
-            raise UserError(f"Lightning's Trainer: {error} {card}") from error
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            sentence = f"Lightning's Trainer: {str(error).rstrip('.')}."
+            if DEVICES.search(sentence):
+                without = 'Without a GPU take accelerator="cpu", with devices=N for N processes.'
+                sentence = f"{sentence} {unused_card() or without}"
+            raise UserError(sentence) from error
+
+
+DEVICES = re.compile("accelerator|device|gpu", re.IGNORECASE)
 
 
 def with_defaults(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a Trainer, and those that they leave open."""
     if arguments.get("barebones") or arguments.get("fast_dev_run"):
         return arguments  # neither measures, saves or logs
-    defaults: dict[str, Any] = {"log_every_n_steps": LINE_STEPS}
-    if (steps := arguments.get("max_steps", -1)) > 0:
-        most = max(1, min(SHARES, steps // FEWEST_STEPS))
-        stretch = steps // max(count for count in range(1, most + 1) if steps % count == 0)
-        if not {"val_check_interval", "check_val_every_n_epoch"} & set(arguments):
-            batches = stretch * arguments.get("accumulate_grad_batches", 1)
-            defaults |= {"val_check_interval": batches, "check_val_every_n_epoch": None}
-        callbacks = arguments.get("callbacks") or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        if arguments.get("enable_checkpointing", True) and not any(isinstance(each, Checkpoint) for each in callbacks):
-            arguments = {**arguments, "callbacks": [*callbacks, ModelCheckpoint(every_n_train_steps=stretch)]}
-    return {**defaults, **arguments}
+    found = {"log_every_n_steps": LINE_STEPS, **arguments}
+    steps, accumulated = (whole(arguments.get(name, default), name) for name, default in COUNTS.items())
+    if steps < 1:
+        return found
+    stretch = -(-steps // max(1, min(SHARES, steps // FEWEST_STEPS)))
+    callbacks = arguments.get("callbacks") or []
+    callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+    if not {"val_check_interval", "check_val_every_n_epoch"} & set(arguments):
+        found |= {"val_check_interval": stretch * accumulated, "check_val_every_n_epoch": None}
+        callbacks.append(MeasuredLast())
+    if arguments.get("enable_checkpointing", True) and not any(isinstance(each, Checkpoint) for each in callbacks):
+        callbacks.append(SavedLast(every_n_train_steps=stretch))
+    return {**found, "callbacks": callbacks}
+
+
+COUNTS = {"max_steps": -1, "accumulate_grad_batches": 1}
+
+
+def whole(number: Any, name: str) -> int:
+    """A number of steps or batches."""
+    if not isinstance(number, int):
+        raise UserError(f"Lightning's Trainer: {name} is a whole number, not {number!r}.")
+    return number
+
+
+class MeasuredLast(pl.Callback):
+    """The held-out text is measured after the last step too."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
+        """Lightning measures where a training is to stop; this one stops here anyhow."""
+        trainer.should_stop = trainer.should_stop or trainer.global_step == trainer.max_steps
+
+
+class SavedLast(ModelCheckpoint):
+    """A checkpoint after every so many steps, and after the last one."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
+        """Save where neither has been done at this step."""
+        super().on_train_batch_end(trainer, *rest)
+        if trainer.global_step == trainer.max_steps != self._last_global_step_saved:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 def generate(

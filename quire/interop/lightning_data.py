@@ -4,6 +4,9 @@ The windows and their order are Quire's own (data/batches.py): a function of see
 checkpoint carries, so that a training that was stopped goes on with the very next window.
 """
 
+import hashlib
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -14,17 +17,21 @@ import lightning.pytorch as pl
 import numpy as np
 from torch import Tensor
 
+from quire import processes
 from quire.config import Table, to_table
 from quire.data.batches import Batches, Cursor
 from quire.data.pairs import Examples, Pairs
-from quire.data.prepare import Prepared
+from quire.data.prepare import Prepared, prepared_by_another
 from quire.errors import UserError
 from quire.evaluation.loss import held_out_batches
-from quire.interop.lightning_runs import MOST_HELD_OUT, Kept, check_fit
+from quire.interop.lightning_runs import MOST_HELD_OUT, Kept, check_fit, gpt2_tokenizer
 from quire.models import ModelSettings
+from quire.training.distributed import World
 from quire.training.settings import TrainingSettings, typed
-from quire.training.texts import given_text, load_data
+from quire.training.texts import given_text, load_data, with_its_tokenizer
 from quire.training.train import check_pairs, fitted, fitting_pairs
+
+GPT2 = "gpt2"  # the tokenizer where none is named
 
 
 class TextData(pl.LightningDataModule):
@@ -38,22 +45,28 @@ class TextData(pl.LightningDataModule):
     def __init__(
         self,
         *texts: str,
-        tokenizer: str = "gpt2",
+        tokenizer: str | None = None,
         batch_size: int = TrainingSettings.batch_size,
         vocabulary_size: int = 0,
         seed: int = TrainingSettings.seed,
         **data: Any,
     ) -> None:
         """`texts` as `quire train` takes them, without any the built-in corpus; `tokenizer` a kind to fit, with
-        `vocabulary_size`, or a path or a name; `data` are fields of DataSettings: pairs, validation, documents ..."""
+        `vocabulary_size`, or a path or a name (without one GPT-2's, or that of a prepared text); `data` are fields of
+        DataSettings: pairs, validation, documents ..."""
         super().__init__()
-        training = {"tokenizer": tokenizer, "vocabulary_size": vocabulary_size, "batch_size": batch_size, "seed": seed}
+        own = {"vocabulary_size": vocabulary_size, "batch_size": batch_size, "seed": seed}
+        training = {"tokenizer": tokenizer or GPT2, **own}
         settings = typed({"data": {**data, "text": list(texts)}, "training": training})
         if "-" in settings.data.named:
             raise UserError(
                 "Lightning's processes cannot share standard input. Write the text to a file, and name that."
             )
+        if tokenizer is None:
+            settings = with_its_tokenizer(settings, ("vocabulary_size",) if vocabulary_size else ())
         self.settings, _ = given_text(settings)
+        named = json.dumps(self.settings.tables()).encode()
+        self.told = f"QUIRE_LIGHTNING_{hashlib.sha256(named).hexdigest()[:16]}"  # what has its name in the cache
         self.cursor = Cursor()  # the next window
         self.taken = 0  # batches of this epoch
 
@@ -61,8 +74,17 @@ class TextData(pl.LightningDataModule):
 
     @cached_property
     def loaded(self) -> tuple[Prepared, list[Table]]:
-        """The text, read and encoded (or found in the cache), and where it came from."""
+        """The text, read and encoded (or found in the cache), and where it came from.
+
+        One process reads it. The others, which Lightning starts with its environment, take what is in the cache under
+        the name that they find there; where it came from is then not known, and only the first writes that.
+        """
+        if not processes.leads() and (found := prepared_by_another(os.environ.get(self.told, ""))):
+            return found, []
+        if self.settings.training.tokenizer == GPT2:
+            gpt2_tokenizer()
         self.settings, prepared, origins = load_data(self.settings)
+        os.environ[self.told] = prepared.key
         return prepared, origins
 
     @property
@@ -101,6 +123,7 @@ class TextData(pl.LightningDataModule):
         shape, kept = getattr(model, "settings", None), getattr(model, "kept", None)
         if not isinstance(shape, ModelSettings) or not isinstance(kept, Kept):
             raise UserError(f"TextData feeds a LanguageModel of quire.interop.lightning, not a {type(model).__name__}.")
+        os.environ[self.told] = self.attached.strategy.broadcast(os.environ.get(self.told, ""))
         prepared, _ = self.loaded
         check_tokenizer(prepared, shape, kept)
         shape = replace(shape, separator=prepared.tokenizer.separator)
@@ -164,10 +187,9 @@ def check_tokenizer(prepared: Prepared, shape: ModelSettings, kept: Kept) -> Non
 
 
 class Training:
-    """The training batches of one process, without end; its length is that of an epoch.
+    """The training batches of one process, its part of each, without end; its length is that of an epoch.
 
-    Each is a dictionary: tokens, targets, source where the model reads one, and the weight of its mean loss, with which
-    the mean over processes and accumulated batches is that over all tokens of the step, however they are spread.
+    Each is a dictionary: tokens, targets, and source where the model reads one. The parts of others are not read.
     """
 
     def __init__(self, data: TextData) -> None:
@@ -178,23 +200,14 @@ class Training:
         step = self.data.settings.training.batch_size * self.trainer.accumulate_grad_batches
         return -(-self.data.batches.examples() // step) * self.trainer.accumulate_grad_batches
 
-    def __iter__(self) -> Iterator[dict[str, Tensor | float]]:
-        data, trainer = self.data, self.trainer
-        size, rank, world = data.settings.training.batch_size, trainer.global_rank, trainer.world_size
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        data, trainer, size = self.data, self.trainer, self.data.settings.training.batch_size
+        share = World(trainer.global_rank, trainer.world_size).share(size)
         while True:
             if data.taken >= trainer.num_training_batches:
                 data.taken = 0
-            step = trainer.accumulate_grad_batches
-            ahead, group = replace(data.cursor), []
-            for _ in range(int(min(step - data.taken % step, trainer.num_training_batches - data.taken))):
-                group.append((data.batches.take(ahead, size), replace(ahead)))
-            mean = (
-                sum(batch.counted for batch, _ in group) / step
-            )  # by which Lightning divides, also where an epoch ends
-            for batch, after in group:
-                data.cursor, data.taken = after, data.taken + 1  # as it is when this batch has been trained on
-                own = batch.split(world)[rank]
-                yield {**own.arguments(), "weight": own.counted * world / mean}
+            data.taken += 1  # as it is, with the cursor, when this batch has been trained on
+            yield data.batches.take(data.cursor, size, share).arguments()
 
     def state_dict(self) -> Table:
         """Nothing: its place is the data module's, which Lightning puts back at an epoch's beginning too."""

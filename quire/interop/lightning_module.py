@@ -1,28 +1,29 @@
 """Any Quire model as a LightningModule: loss, optimizer and schedule, what it logs, what its checkpoints hold."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, XLAStrategy
 from torch import Tensor, nn
 
 from quire.config import Table, to_table
-from quire.data.batches import Batch
 from quire.devices import generators
 from quire.errors import UserError
 from quire.evaluation.evaluate import bits_per_byte
+from quire.interop.lightning_checkpoints import Checked, aliases, arguments_of, check_model, is_local
 from quire.interop.lightning_data import TextData
+from quire.interop.lightning_loaders import Place, taken
 from quire.interop.lightning_runs import (
     GPT2_SEPARATOR,
     GPT2_VOCABULARY,
     KEY,
     PREFIX,
     Kept,
-    check,
+    contents,
     counts_of,
     tables_of,
 )
@@ -30,6 +31,7 @@ from quire.layers.cross_entropy import IGNORED
 from quire.layers.layer import Block
 from quire.layers.ngram_embedding import NgramEmbedding
 from quire.models import ModelSettings, build_model
+from quire.progress import say
 from quire.training.eager import Eager
 from quire.training.optimizers import OPTIMIZERS, Optimizers, set_learning_rates, split_tables
 from quire.training.schedules import SCHEDULES, warmed_up
@@ -40,8 +42,8 @@ class LanguageModel(pl.LightningModule):
     """Any Quire model for Lightning's Trainer.
 
     A batch is what TextData gives, or that of any other loader: (tokens, targets), a dictionary of "tokens", "targets"
-    and, for a model with an encoder, "source", or a quire Batch; int64, (B, T). Every target but IGNORED weighs the
-    same, also where the processes of a training have different numbers of them.
+    and, for a model with an encoder, "source", or a quire Batch; integers, (B, T). Every target of a step but IGNORED
+    weighs the same, also where its batches, or the processes of a training, have different numbers of them.
 
     Logs loss, perplexity, learning_rate and gradient_norm of each step, and of each validation validation_loss,
     validation_perplexity and, on a TextData, validation_bits_per_byte.
@@ -70,8 +72,10 @@ class LanguageModel(pl.LightningModule):
                 module.recomputed = self.training_settings.gradient_checkpointing
         self.kept = Kept()
         self.drawn: dict[str, Tensor] = {}  # random generators of a checkpoint: (processes, state), by kind
-        self.losses: list[Tensor] = []  # of the batches of the step
-        self.held_out: list[tuple[Tensor, Tensor]] = []  # loss and tokens of each batch of the held-out text
+        self.place = Place()
+        self.step: list[tuple[Tensor, Tensor]] = []  # mean loss and targets of each batch of the step
+        self.gauge = self.loss = torch.ones(())  # targets that weigh 1; mean loss of the last step
+        self.held_out: list[tuple[Tensor, Tensor]] = []  # mean loss and targets of each batch of the held-out text
 
     @property
     def settings(self) -> ModelSettings:
@@ -90,7 +94,10 @@ class LanguageModel(pl.LightningModule):
     # ---- training ----
 
     def setup(self, stage: str) -> None:
-        """Learn of the text what a run of this model will need to know."""
+        """Learn of the text what a run of this model will need to know; check what Lightning is about to read."""
+        check_strategy(strategy := self.trainer.strategy)
+        if not isinstance(strategy.checkpoint_io, Checked):
+            strategy.checkpoint_io = Checked(strategy.checkpoint_io)
         data = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and isinstance(data, TextData):
             self.kept = data.kept(self.kept)
@@ -104,24 +111,73 @@ class LanguageModel(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Seed what dropout and loaders draw from, or put back to where a checkpoint had drawn."""
         torch.manual_seed(self.training_settings.seed + self.global_rank)
-        known = self.drawn if self.trainer.ckpt_path is not None else {}
+        if self.trainer.ckpt_path is None:
+            self.drawn, self.place = {}, Place()
+        self.put_back()
+        self.place.fit_begins()
+        self.step = []
+
+    def put_back(self) -> None:
+        """Every random generator is again as in the checkpoint."""
         for kind, (_, put) in generators(self.device).items():
-            if self.global_rank < len(known.get(kind, ())):
-                put(known[kind][self.global_rank].clone())  # of a row of others torch would read another one, or crash
-        self.losses = []
+            if self.global_rank < len(self.drawn.get(kind, ())):
+                put(self.drawn[kind][self.global_rank].clone())  # of a row of others torch would read another, or crash
+
+    def on_train_start(self) -> None:
+        """Go on in a loader's epoch; say where the schedule is longer than the training."""
+        if self.place.train_begins(self.trainer):
+            self.put_back()
+        steps, growing = self.trainer.estimated_stepping_batches, self.training_settings.warmup_steps
+        if steps <= growing:
+            say(f"The learning rate grows over {growing:,} steps, and the training ends before: give warmup_steps=N.")
+
+    def on_train_epoch_start(self) -> None:
+        """Remember what a loader's order is drawn from."""
+        self.place.epoch_begins(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss of a batch, weighted so that the mean over processes is that over all tokens."""
-        arguments, weight = taken(batch)
-        loss = self.model(**arguments)
-        if weight is None and self.trainer.world_size > 1:
-            own = (arguments["targets"] != IGNORED).sum().float()
-            total = self.trainer.strategy.reduce(own.clone(), reduce_op="sum")
-            weight = own * self.trainer.world_size / total.clamp(min=1)
-        if weight is not None:
-            loss = loss * weight
-        self.losses.append(loss.detach())
-        return loss
+        """The mean loss of a batch, times its targets as a share of those of the step's first batch (that of all
+        processes, on average): a sum over tokens up to a factor, which `weigh` takes away."""
+        arguments = taken(batch, self.settings, look=batch_idx == 0)
+        loss, count = self.model(**arguments), (arguments["targets"] != IGNORED).sum().float()
+        if not self.step:
+            self.gauge = (self.summed(count.clone()) / self.trainer.world_size).clamp(min=1)
+        self.step.append((loss.detach(), count))
+        self.place.batches = batch_idx + 1
+        return loss * (count / self.gauge)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Once the last batch of a step is done, every token of it weighs the same."""
+        assert optimizer_closure is not None
+
+        def closure() -> Any:
+            found = optimizer_closure()
+            self.weigh()
+            return found
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    @torch.no_grad()
+    def weigh(self) -> None:
+        """From the sum over tokens, which Lightning has divided by batches and processes, to the mean over them."""
+        own = [torch.stack([mean.float() * count for mean, count in self.step]).sum(),
+               torch.stack([count for _, count in self.step]).sum()]  # fmt: skip
+        total, count = self.summed(torch.stack(own))
+        self.step, self.loss = [], total / count.clamp(min=1)
+        factor = self.gauge * self.trainer.world_size * self.trainer.accumulate_grad_batches / count.clamp(min=1)
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= factor
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum")
 
     def configure_gradient_clipping(
         self,
@@ -136,12 +192,10 @@ class LanguageModel(pl.LightningModule):
         norm = nn.utils.clip_grad_norm_(clipped, math.inf if by_value else limit or math.inf)
         if by_value and limit:
             nn.utils.clip_grad_value_(clipped, limit)
-        loss = self.trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean")
-        self.losses = []
         peak, groups = self.training_settings.learning_rate, optimizer.param_groups
         rate = next((group["lr"] for group in groups if group["peak"] == peak), groups[0]["lr"])
-        self.log("loss", loss, prog_bar=True)
-        self.log("perplexity", loss.exp())
+        self.log("loss", self.loss, prog_bar=True)
+        self.log("perplexity", self.loss.exp())
         self.log("learning_rate", rate)
         self.log("gradient_norm", norm)
 
@@ -174,7 +228,7 @@ class LanguageModel(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """The mean loss of a batch, and its tokens."""
-        arguments, _ = taken(batch)
+        arguments = taken(batch, self.settings, look=batch_idx == 0)
         self.held_out.append((self.model(**arguments), (arguments["targets"] != IGNORED).sum()))
 
     def on_validation_epoch_end(self) -> None:
@@ -183,7 +237,7 @@ class LanguageModel(pl.LightningModule):
         total, count = sum(mean * count for mean, count in found), sum(count for _, count in found)
         if self.trainer.world_size > 1:
             sums = torch.tensor([total, count], dtype=torch.float64, device=self.device)
-            total, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+            total, count = self.summed(sums).tolist()
         if not count:
             return
         self.log("validation_loss", total / count, prog_bar=True, sync_dist=True)  # it is the same in every process
@@ -203,7 +257,8 @@ class LanguageModel(pl.LightningModule):
             kind: self.trainer.strategy.all_gather(state).reshape(-1, len(state)).cpu()
             for kind, state in states.items()
         }
-        checkpoint[KEY] = {**tables_of(self.whole, self.kept, self.model), "random": drawn}
+        about = tables_of(self.whole, self.kept, self.model)
+        checkpoint[KEY] = {**about, "random": drawn, "place": self.place.to_table(self.trainer)}
 
     def on_load_checkpoint(self, checkpoint: Table) -> None:
         """The inverse."""
@@ -211,26 +266,19 @@ class LanguageModel(pl.LightningModule):
         for alias, name in aliases(self.model).items():
             if PREFIX + name in state:
                 state[PREFIX + alias] = state[PREFIX + name]
-        if KEY in checkpoint:
-            about = checkpoint[KEY]
-            self.kept, self.drawn = Kept.from_table(about), about["random"]
-            if about["counts"]:
-                self.model.counts = counts_of(self.settings, about["counts"])
+        check_model(checkpoint, self.settings, self.model)
+        about = checkpoint[KEY]
+        self.kept, self.drawn, self.place = Kept.from_table(about), about["random"], Place(**about["place"])
+        if about["counts"]:
+            self.model.counts = counts_of(self.settings, about["counts"])
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **more: Any) -> "LanguageModel":
         """The model of a checkpoint that Lightning wrote: of tensors and plain values only, and checked where it is a
         file. Further arguments are those of LightningModule.load_from_checkpoint."""
-        if isinstance(checkpoint_path, (str, Path)):
-            check(checkpoint_path)
+        if is_local(checkpoint_path):
+            more = {**arguments_of(contents(checkpoint_path), cls), **more}
         return super().load_from_checkpoint(checkpoint_path, *arguments, **{**more, "weights_only": True})
-
-
-def aliases(model: nn.Module) -> dict[str, str]:
-    """Further names of tied weights, each with the first one."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {name: first[id(parameter)] for name, parameter in every if name != first[id(parameter)]}
 
 
 def plain(settings: Any) -> Table:
@@ -255,18 +303,16 @@ def check_settings(model: ModelSettings, training: TrainingSettings) -> None:
         )
 
 
-def taken(batch: Any) -> tuple[dict[str, Tensor], Any]:
-    """What the model is called with, and the weight of the loss where the batch says it."""
-    if isinstance(batch, Batch):
-        return batch.arguments(), None
-    if isinstance(batch, Mapping) and {"tokens", "targets"} <= set(batch):
-        return {name: batch[name] for name in ("tokens", "targets", "source") if name in batch}, batch.get("weight")
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
-        return {"tokens": batch[0], "targets": batch[1]}, None
-    raise UserError(
-        "A batch must be (tokens, targets), a dictionary of these two, or a quire Batch, of integers (B, T); the loader"
-        f" gives a {type(batch).__name__}."
-    )
+def check_strategy(strategy: Any) -> None:
+    """Refuse what would train, but not this model: shards have no matrices to decay, nor the norm of the whole."""
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, OTHER):
+        raise UserError(
+            f"A LanguageModel trains on one device, or with a copy in each process, not by {type(strategy).__name__}."
+            ' Take strategy="ddp", or for a model in parts quire train --parallel fsdp.'
+        )
+
+
+OTHER = (DeepSpeedStrategy, XLAStrategy)  # kinds of DDPStrategy by inheritance alone
 
 
 class Together(Eager):

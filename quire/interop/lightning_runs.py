@@ -89,7 +89,7 @@ def settled_tokenizer(settings: ModelSettings, kept: Kept, given: Tokenizer | st
     elif kept.tokenizer is not None:
         known = kept.tokenizer
     elif settings.vocabulary_size == GPT2_VOCABULARY:
-        known = load_tokenizer("gpt2")
+        known = gpt2_tokenizer()
     else:
         raise UserError(
             f"The tokenizer of this model (vocabulary {settings.vocabulary_size:,}) is not known: it was not trained"
@@ -97,6 +97,17 @@ def settled_tokenizer(settings: ModelSettings, kept: Kept, given: Tokenizer | st
         )
     check_fit(known, settings, "Name this model's own: tokenizer=PATH")
     return known
+
+
+def gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's tokenizer; where it cannot be had, the sentence says why it is wanted."""
+    try:
+        return load_tokenizer("gpt2")
+    except UserError as error:
+        raise UserError(
+            f"A vocabulary of {GPT2_VOCABULARY:,} implies GPT-2's tokenizer, and a TextData has it by default. {error}"
+            " Or name another: tokenizer=PATH"
+        ) from error
 
 
 def check_fit(tokenizer: Tokenizer, settings: ModelSettings, remedy: str) -> None:
@@ -179,15 +190,15 @@ def counts_of(settings: ModelSettings, tables: dict[str, Tensor]) -> KneserNey |
     return KneserNey.from_tables(tables, settings.vocabulary_size, "cpu", separator)
 
 
-def contents(path: Path) -> Table:
-    """A checkpoint, every byte checked first: torch itself looks at no checksum."""
+def contents(path: str | Path, reader: Any = None) -> Table:
+    """A checkpoint by Lightning's `reader` (None: of files), every byte checked first: torch looks at no checksum."""
     try:
         from lightning.pytorch.plugins.io import TorchCheckpointIO
     except ImportError as error:
         raise UserError('Lightning checkpoints need the package lightning: pip install "quire[lightning]".') from error
     check(path)
     try:
-        table = TorchCheckpointIO().load_checkpoint(path, weights_only=True)
+        table = (reader or TorchCheckpointIO()).load_checkpoint(path, weights_only=True)
     except Exception as error:  # what torch raises for a file that is no checkpoint has many types
         raise UserError(
             f"{path} is no checkpoint of Lightning's, or holds more than plain values and tensors."

@@ -3,6 +3,7 @@
 FOLDER has text.txt. Each training leaves the folder NAME there, with its logs, and its last checkpoint as NAME.ckpt.
 """
 
+import csv
 import os
 import random
 import sys
@@ -57,7 +58,7 @@ def fitted(
     own |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder / name}
     own |= {"accelerator": "cpu", "devices": processes, "strategy": "ddp" if processes > 1 else "auto"}
     trainer = kind(**{**own, **arguments})
-    trainer.fit(module, loader or data, ckpt_path=ckpt_path)
+    trainer.fit(module, data if loader is None else loader, ckpt_path=ckpt_path)
     trainer.save_checkpoint(folder / f"{name}.ckpt")
     return trainer
 
@@ -82,18 +83,72 @@ def ragged(processes: int) -> DataLoader[Any]:
     return DataLoader(rows, batch_size=4 // processes, sampler=sampler)  # type: ignore[arg-type]
 
 
+def rows(**options: Any) -> DataLoader[Any]:
+    """A plain loader of 16 rows, two at a time in each process."""
+    tokens = torch.randint(9, (16, 17), generator=torch.Generator().manual_seed(1))
+    return DataLoader([(row[:-1], row[1:]) for row in tokens], batch_size=2, **options)  # type: ignore[arg-type]
+
+
 def curves(folder: Path, processes: int) -> None:
     """What must not depend on the number of processes."""
     fitted(folder, "curve", processes, dropout=0.0)
     fitted(folder, "ngram", processes, model=NgramSettings(kind="ngram", **SHAPE, ngram_rows=64), max_steps=3)
-    fitted(folder, "ragged", processes, dropout=0.0, loader=ragged(processes), max_steps=3, accumulate_grad_batches=1)
+    fitted(folder, "ragged", processes, dropout=0.0, loader=ragged(processes), max_steps=3)
 
 
 def main(folder: Path, processes: int) -> None:
-    """All that is compared."""
+    """All that is compared; the second process does not read the text."""
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        sys.addaudithook(refuse_text)
     curves(folder, processes)
     fitted(folder, "whole", processes)
     stopped_and_resumed(folder, "parts", processes)
+    shuffled = {"loader": rows(shuffle=True), "model": GPTSettings(**SHAPE, dropout=0.1)}
+    fitted(folder, "shuffled", processes, **shuffled)
+    stopped_and_resumed(folder, "shuffled-parts", processes, **shuffled, stop=6)  # in the second epoch
+
+
+def refuse_text(event: str, arguments: tuple[Any, ...]) -> None:
+    """No opening of text.txt, as an audit hook."""
+    if event == "open" and str(arguments[0]).endswith("text.txt"):
+        raise RuntimeError("A process that does not lead reads the text.")
+
+
+# ---- what is compared ----
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    """A checkpoint."""
+    return torch.load(path, weights_only=True)
+
+
+def logged(folder: Path, name: str) -> dict[str, list[float]]:
+    """What CSVLogger wrote, by name."""
+    with (folder / name / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {key: [float(row[key]) for row in rows if row[key]] for key in rows[0]}
+
+
+def different(one: Any, other: Any, where: str = "") -> list[str]:
+    """The places at which two trees of tensors and plain values are not the same bits."""
+    if isinstance(one, torch.Tensor):
+        return [] if one.dtype == other.dtype and torch.equal(one, other) else [where]
+    if isinstance(one, dict):
+        same = [] if one.keys() == other.keys() else [f"{where}: names"]
+        return same + [
+            each for key in one.keys() & other.keys() for each in different(one[key], other[key], f"{where}.{key}")
+        ]
+    if isinstance(one, (list, tuple)):
+        same = [] if len(one) == len(other) else [f"{where}: length"]
+        return same + [each for n, pair in enumerate(zip(one, other)) for each in different(*pair, f"{where}.{n}")]
+    return [] if one == other else [where]
+
+
+def assert_same_training(folder: Path, one: str, other: str) -> None:
+    """Weights, optimizer, schedule, place in the text, random generators: everything but Lightning's own counters."""
+    first, second = loaded(folder / f"{one}.ckpt"), loaded(folder / f"{other}.ckpt")
+    for part in {"state_dict", "optimizer_states", "lr_schedulers", "TextData", "quire", "global_step"} & first.keys():
+        assert not different(first[part], second[part], part)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,24 @@
 """Lightning: the same training as Quire's own, on one process and two, stopped or not; checkpoints and runs."""
 
-import csv
 import math
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
 
 import quire
 from quire import UserError, checkpoint
 from quire.config import preset
-from quire.data.batches import Batch
 from quire.interop import import_model
 from quire.interop.lightning import GPT2, LanguageModel, TextData, Trainer, from_run, generate, to_run
 from quire.models import MODELS
 from quire.models.gpt import GPTSettings
 from quire.models.modern import ModernSettings
-from quire.tokenizers import KNOWN, CharacterTokenizer
 from quire.training.loop import Trainer as OwnTrainer
 from quire.training.schedules import cosine, warmed_up
 
@@ -31,6 +26,9 @@ EXERCISE = Path(__file__).with_name("exercise_lightning.py")
 exercise = runpy.run_path(str(EXERCISE))
 fitted, stopped_and_resumed = exercise["fitted"], exercise["stopped_and_resumed"]
 SHAPE, TRAINING, STEPS, BATCH, QUIET = (exercise[name] for name in ("SHAPE", "TRAINING", "STEPS", "BATCH", "QUIET"))
+loaded, logged, different, assert_same_training = (
+    exercise[name] for name in ("loaded", "logged", "different", "assert_same_training")
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning advises on logging packages and numbers of workers
 
@@ -39,39 +37,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning advises on loggin
 def folder(text_folder: Path) -> Path:
     """The working directory, with text.txt."""
     return text_folder
-
-
-def loaded(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
-
-
-def logged(folder: Path, name: str) -> dict[str, list[float]]:
-    """What CSVLogger wrote, by name."""
-    with (folder / name / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    return {key: [float(row[key]) for row in rows if row[key]] for key in rows[0]}
-
-
-def different(one: Any, other: Any, where: str = "") -> list[str]:
-    """The places at which two trees of tensors and plain values are not the same bits."""
-    if isinstance(one, torch.Tensor):
-        return [] if one.dtype == other.dtype and torch.equal(one, other) else [where]
-    if isinstance(one, dict):
-        same = [] if one.keys() == other.keys() else [f"{where}: names"]
-        return same + [
-            each for key in one.keys() & other.keys() for each in different(one[key], other[key], f"{where}.{key}")
-        ]
-    if isinstance(one, (list, tuple)):
-        same = [] if len(one) == len(other) else [f"{where}: length"]
-        return same + [each for n, pair in enumerate(zip(one, other)) for each in different(*pair, f"{where}.{n}")]
-    return [] if one == other else [where]
-
-
-def assert_same_training(folder: Path, one: str, other: str) -> None:
-    """Weights, optimizer, schedule, place in the text, random generators: everything but Lightning's own counters."""
-    first, second = loaded(folder / f"{one}.ckpt"), loaded(folder / f"{other}.ckpt")
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "TextData", "quire", "global_step"):
-        assert not different(first[part], second[part], part)
 
 
 # ---- the training ----
@@ -106,18 +71,6 @@ def test_a_training_counted_in_epochs_goes_on_bit_for_bit(folder):
     assert_same_training(folder, "whole", "parts")
 
 
-def test_a_shuffled_loader_of_torchs_own_goes_on_at_the_end_of_an_epoch(folder):
-    """It draws its order from the random generator, which is put back before there is a loader."""
-    rows = torch.randint(9, (16, 17), generator=torch.Generator().manual_seed(1))
-    loader = DataLoader([(row[:-1], row[1:]) for row in rows], batch_size=2, shuffle=True)
-    options = {"loader": loader, "max_steps": -1, "max_epochs": 3, "training": {"steps": 0}}
-    fitted(folder, "whole", callbacks=[pl.callbacks.ModelCheckpoint(save_top_k=-1, dirpath=folder / "each")], **options)
-    fitted(folder, "parts", ckpt_path=folder / "each" / "epoch=1-step=8.ckpt", **options)
-    first, second = (loaded(folder / f"{name}.ckpt") for name in ("whole", "parts"))
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "quire", "global_step"):
-        assert not different(first[part], second[part], part)
-
-
 def test_the_place_in_the_text_follows_each_batch(folder):
     """Also in the middle of a step; beyond the end of the first epoch of 34 windows the second one begins."""
     places = []
@@ -143,6 +96,7 @@ def test_two_processes_train_as_one(folder):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_training(folder / "two", "whole", "parts")
+    assert_same_training(folder / "two", "shuffled", "shuffled-parts")
     drawn = loaded(folder / "two" / "whole.ckpt")["quire"]["random"]["cpu"]
     assert len(drawn) == 2 and not torch.equal(*drawn)  # each process has dropout of its own
     exercise["curves"](folder, 1)
@@ -267,7 +221,7 @@ def test_a_tied_weight_is_once_in_optimizer_and_checkpoint(folder):
     assert again.head.weight is again.token_embedding.weight
 
 
-# ---- GPT-2 and other loaders ----
+# ---- GPT-2 and tokens ----
 
 
 def test_gpt2_is_the_preset():
@@ -284,37 +238,6 @@ def test_gpt2_is_the_preset():
         GPT2(model_dim=512)
     with pytest.raises(UserError, match="learning_rate"):
         GPT2(num_layers=1, learning_rat=1e-3)
-
-
-@pytest.mark.parametrize("form", ["tuple", "dictionary", "batch"])
-def test_gpt2_on_any_loader(form, folder, monkeypatch):
-    """As a user of Lightning would: fit, load without arguments, write, with the tokenizer that 50,257 tokens imply."""
-    characters = CharacterTokenizer("".join(map(chr, range(0x20, 0x20 + 50257 - 2))))
-    assert characters.vocabulary_size == 50257
-    monkeypatch.setitem(KNOWN, "gpt2", lambda: characters)
-    tokens = torch.randint(50257, (8, 13), generator=torch.Generator().manual_seed(1))
-    collate = {
-        "tuple": None,
-        "dictionary": lambda rows: dict(zip(("tokens", "targets"), map(torch.stack, zip(*rows)))),
-        "batch": lambda rows: Batch(*map(torch.stack, zip(*rows)), counted=24),
-    }[form]
-    loader = DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=2, collate_fn=collate)
-    model = GPT2(max_len=12, emb_dim=8, num_layers=1, num_heads=2, vocab_size=50257, weight_decay=0.2, warmup_steps=0)
-    with torch.no_grad():
-        first = sum(model(tokens[row : row + 2, :-1], tokens[row : row + 2, 1:]) for row in (0, 2)) / 2
-    trainer = Trainer(max_steps=2, accumulate_grad_batches=2, **{**QUIET, "logger": True, "enable_checkpointing": True},
-                      log_every_n_steps=1)  # fmt: skip
-    trainer.fit(model, loader)
-    assert logged(folder, ".")["loss"][0] == pytest.approx(float(first), rel=1e-5)
-    path = trainer.checkpoint_callback.best_model_path
-    again = GPT2.load_from_checkpoint(path)
-    assert again.training_settings.weight_decay == 0.2 and again.training_settings.warmup_steps == 0
-    text = generate(again, prompt="Hello", max_new_tokens=5, temperature=0.8)
-    assert text == generate(model, prompt="Hello", max_new_tokens=5, temperature=0.8) and len(text) == 5
-    run = to_run(path, "run")
-    assert quire.generate(run, "Hello", tokens=5, temperature=0.8)[0].text == text
-    with pytest.raises(UserError, match="without a held-out text"):
-        quire.evaluate(run)
 
 
 def test_targets_weigh_the_same_wherever_they_stand(folder):
