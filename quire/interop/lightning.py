@@ -55,10 +55,11 @@ class Trainer(pl.Trainer):
                 'Lightning has dropped the strategy "dp" (since 2.0). Take strategy="ddp": one process for each device,'
                 " the same batches."
             )
+        arguments = with_defaults(arguments)
         try:
-            super().__init__(**with_defaults(arguments))
+            super().__init__(**arguments)
         except (ValueError, TypeError, MisconfigurationException) as error:
-            sentence = f"Lightning's Trainer: {str(error).rstrip('.')}."
+            sentence = f"Lightning's Trainer: {str(error).rstrip('.!')}."
             if DEVICES.search(sentence):
                 without = 'Without a GPU take accelerator="cpu", with devices=N for N processes.'
                 sentence = f"{sentence} {unused_card() or without}"
