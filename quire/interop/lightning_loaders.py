@@ -9,7 +9,6 @@ import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from torch import Tensor
 
-from quire.config import Table
 from quire.data.batches import Batch
 from quire.errors import UserError
 from quire.layers.cross_entropy import IGNORED
@@ -112,15 +111,15 @@ class Place:
         if trainer.current_epoch > 0 and not fit.is_resuming and not fit.epoch_loop.restarting:
             self.batches, self.drawn = 0, generator_of(trainer.train_dataloader).get_state()
 
-    def to_table(self, trainer: pl.Trainer) -> Table:
-        """As plain values and a tensor."""
+    def known(self, trainer: pl.Trainer) -> tuple[int, Tensor | None]:
+        """What a checkpoint keeps of it."""
         loader = trainer.train_dataloader
         if loader is None or stateful(loader):
-            return {"batches": 0, "drawn": None}
+            return 0, None
         if not trainer.is_last_batch:
-            return {"batches": self.batches, "drawn": self.drawn}
+            return self.batches, self.drawn
         own = generator_of(loader)  # the next epoch draws from it as it is; torch's own state is kept anyhow
-        return {"batches": 0, "drawn": None if own is torch.default_generator else own.get_state()}
+        return 0, None if own is torch.default_generator else own.get_state()
 
 
 def stateful(loader: Any) -> bool:

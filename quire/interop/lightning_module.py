@@ -252,13 +252,14 @@ class LanguageModel(pl.LightningModule):
         """Add what Quire needs; a tied weight is there once."""
         for alias in aliases(self.model):
             checkpoint["state_dict"].pop(PREFIX + alias, None)  # some strategies gather it in one process alone
-        states = {kind: state.to(self.device) for kind, (state, _) in generators(self.device).items()}
-        drawn = {
-            kind: self.trainer.strategy.all_gather(state).reshape(-1, len(state)).cpu()
-            for kind, state in states.items()
-        }
-        about = tables_of(self.whole, self.kept, self.model)
-        checkpoint[KEY] = {**about, "random": drawn, "place": self.place.to_table(self.trainer)}
+        drawn = {kind: self.gathered(state) for kind, (state, _) in generators(self.device).items()}
+        batches, state = self.place.known(self.trainer)
+        place = {"batches": batches, "drawn": None if state is None else self.gathered(state)}
+        checkpoint[KEY] = {**tables_of(self.whole, self.kept, self.model), "random": drawn, "place": place}
+
+    def gathered(self, state: Tensor) -> Tensor:
+        """A generator's state in every process: (processes, state), on the CPU."""
+        return self.trainer.strategy.all_gather(state.to(self.device)).reshape(-1, len(state)).cpu()
 
     def on_load_checkpoint(self, checkpoint: Table) -> None:
         """The inverse."""
@@ -268,7 +269,9 @@ class LanguageModel(pl.LightningModule):
                 state[PREFIX + alias] = state[PREFIX + name]
         check_model(checkpoint, self.settings, self.model)
         about = checkpoint[KEY]
-        self.kept, self.drawn, self.place = Kept.from_table(about), about["random"], Place(**about["place"])
+        self.kept, self.drawn, rows = Kept.from_table(about), about["random"], about["place"]["drawn"]
+        known = rows is not None and self.global_rank < len(rows)
+        self.place = Place(about["place"]["batches"], rows[self.global_rank].clone() if known else None)
         if about["counts"]:
             self.model.counts = counts_of(self.settings, about["counts"])
 

@@ -103,9 +103,10 @@ def main(folder: Path, processes: int) -> None:
     curves(folder, processes)
     fitted(folder, "whole", processes)
     stopped_and_resumed(folder, "parts", processes)
-    shuffled = {"loader": rows(shuffle=True), "model": GPTSettings(**SHAPE, dropout=0.1)}
-    fitted(folder, "shuffled", processes, **shuffled)
-    stopped_and_resumed(folder, "shuffled-parts", processes, **shuffled, stop=6)  # in the second epoch
+    for name, together in (("shuffled", True), ("apart", False)):  # by one order, or each process by its own
+        options = {"loader": rows(shuffle=True), "use_distributed_sampler": together}
+        fitted(folder, name, processes, **options)
+        stopped_and_resumed(folder, f"{name}-parts", processes, **options, stop=6 if together else 2)
 
 
 def refuse_text(event: str, arguments: tuple[Any, ...]) -> None:

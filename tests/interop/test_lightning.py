@@ -95,8 +95,8 @@ def test_two_processes_train_as_one(folder):
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_training(folder / "two", "whole", "parts")
-    assert_same_training(folder / "two", "shuffled", "shuffled-parts")
+    for whole, parts in (("whole", "parts"), ("shuffled", "shuffled-parts"), ("apart", "apart-parts")):
+        assert_same_training(folder / "two", whole, parts)
     drawn = loaded(folder / "two" / "whole.ckpt")["quire"]["random"]["cpu"]
     assert len(drawn) == 2 and not torch.equal(*drawn)  # each process has dropout of its own
     exercise["curves"](folder, 1)
