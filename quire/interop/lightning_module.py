@@ -269,9 +269,10 @@ class LanguageModel(pl.LightningModule):
                 state[PREFIX + alias] = state[PREFIX + name]
         check_model(checkpoint, self.settings, self.model)
         about = checkpoint[KEY]
-        self.kept, self.drawn, rows = Kept.from_table(about), about["random"], about["place"]["drawn"]
+        place = about.get("place", {"batches": 0, "drawn": None})  # of an older Quire: an epoch begins again
+        self.kept, self.drawn, rows = Kept.from_table(about), about["random"], place["drawn"]
         known = rows is not None and self.global_rank < len(rows)
-        self.place = Place(about["place"]["batches"], rows[self.global_rank].clone() if known else None)
+        self.place = Place(place["batches"], rows[self.global_rank].clone() if known else None)
         if about["counts"]:
             self.model.counts = counts_of(self.settings, about["counts"])
 
