@@ -8,7 +8,7 @@ agree        quire doctor --distributed on 1, 2, 3 and 4 processes: the largest 
              steps from one process, in each way to train, and whether all processes have the same parameters
 scaling      tokens per second of 2 processes with a thread each against one process with one thread on one core, the
              same batch; and, as the machine's limit, of two such single trainings beside each other. Medians of rounds
-             taken by turns
+             taken by turns, for two sizes of a step
 kills        a training under torchrun in which a process is killed at 10 random steps: curve and weights against those
              of one that nobody killed, with copies (ddp) and with parts (fsdp)
 checkpoint   seconds for which a save holds training up, until it is whole, and to load it: by one of two processes, and
@@ -33,11 +33,16 @@ from command import ROOT, cores, environment, machine
 
 OUT = ROOT / "benchmarks" / "results" / "many_processes.json"
 KILLS, KILLED_STEPS, SEED = 10, 120, 0
-ROUNDS, STEPS = 5, 40
+ROUNDS, STEPS = 5, 30
 TINY = {"layers": 1, "embedding-size": 16, "heads": 2, "context-length": 16, "dropout": 0.1}
 MIDDLE = {"layers": 4, "embedding-size": 256, "heads": 4, "context-length": 128, "dropout": 0.0}
 LARGE = {"layers": 8, "embedding-size": 512, "heads": 8, "context-length": 64, "dropout": 0.0}
 Figures = dict[str, Any]
+# What scaling trains: a preset as it is, and a step of half as many tokens that has more parameters to exchange.
+SCALED: dict[str, Figures] = {
+    "gpt-mini: 256 tokens each, 2.7 M parameters": {},
+    "128 tokens each, 3.2 M parameters": MIDDLE,
+}
 
 
 def torchrun(processes: int, words: list[str], folder: Path, *options: str, **variables: str) -> str:
@@ -103,50 +108,56 @@ def speed(run: Path) -> float:
 
 
 def scaling(folder: Path, device: str) -> Figures:
-    """Two processes, one, and two single ones beside each other, by turns."""
+    """Two processes, one, and two single ones beside each other, by turns, for each of SCALED."""
     a_text(folder, 60_000)
-    rows = ["--batch-size=16", f"--evaluation-interval={10 * STEPS}", f"--device={device}"]
-    found: dict[str, list[float]] = {"two": [], "one": [], "beside": []}
-
-    def single(name: str, core: int) -> subprocess.Popen[bytes]:
-        pinned = ["taskset", "-c", str(core)] if sys.platform == "linux" else []
-        command = [*pinned, sys.executable, "-m", "quire", *train(folder, name, MIDDLE, STEPS, *rows)]
-        quiet = environment(OMP_NUM_THREADS="1", QUIRE_CACHE=str(folder / "cache"))
-        return subprocess.Popen(command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    for number in range(ROUNDS):
-        torchrun(2, ["-m", "--", "quire", *train(folder, f"two-{number}", MIDDLE, STEPS, *rows)], folder)
-        found["two"].append(speed(folder / f"two-{number}"))
-        single(f"one-{number}", cores()[0]).wait()
-        found["one"].append(speed(folder / f"one-{number}"))
-        both = [single(f"beside-{number}-{core}", core) for core in cores()[:2]]
-        for process in both:
-            process.wait()
-        found["beside"].append(sum(speed(folder / f"beside-{number}-{core}") for core in cores()[:2]))
-        print(
-            f"round {number + 1}: { ({name: each[-1] for name, each in found.items()}) }", file=sys.stderr, flush=True
-        )
-    efficiency = [two / (2 * one) for two, one in zip(found["two"], found["one"], strict=True)]
-    limit = [beside / (2 * one) for beside, one in zip(found["beside"], found["one"], strict=True)]
-    figures = {"model": MIDDLE, "batch_size": 16, "tokens_per_second": found, "efficiency": efficiency, "limit": limit}
+    figures = {"sizes": {name: scaled(folder, name, shape, device) for name, shape in SCALED.items()}}
     print(*scaling_table(figures), sep="\n")
     return figures
 
 
+def scaled(folder: Path, shape_name: str, shape: Figures, device: str) -> Figures:
+    """The speeds with one shape."""
+    rows = ["--batch-size=16", f"--evaluation-interval={10 * STEPS}", f"--device={device}"]
+    found: dict[str, list[float]] = {"two": [], "one": [], "beside": []}
+
+    def words(name: str) -> list[str]:
+        return train(folder, f"{name}-{len(shape)}", shape, STEPS, *rows)
+
+    def single(name: str, core: int) -> subprocess.Popen[bytes]:
+        pinned = ["taskset", "-c", str(core)] if sys.platform == "linux" else []
+        quiet = environment(OMP_NUM_THREADS="1", QUIRE_CACHE=str(folder / "cache"))
+        command = [*pinned, sys.executable, "-m", "quire", *words(name)]
+        return subprocess.Popen(command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def speed_of(name: str) -> float:
+        return speed(folder / f"{name}-{len(shape)}")
+
+    for number in range(ROUNDS):
+        torchrun(2, ["-m", "--", "quire", *words(f"two-{number}")], folder)
+        found["two"].append(speed_of(f"two-{number}"))
+        single(f"one-{number}", cores()[0]).wait()
+        found["one"].append(speed_of(f"one-{number}"))
+        both = [single(f"beside-{number}-{core}", core) for core in cores()[:2]]
+        for process in both:
+            process.wait()
+        found["beside"].append(sum(speed_of(f"beside-{number}-{core}") for core in cores()[:2]))
+        print(shape_name, f"round {number + 1}:", {name: each[-1] for name, each in found.items()}, file=sys.stderr)
+    efficiency = [two / (2 * one) for two, one in zip(found["two"], found["one"], strict=True)]
+    limit = [beside / (2 * one) for beside, one in zip(found["beside"], found["one"], strict=True)]
+    return {"model": shape, "batch_size": 16, "tokens_per_second": found, "efficiency": efficiency, "limit": limit}
+
+
 def scaling_table(figures: Figures) -> list[str]:
     """What two processes gain in Markdown, as docs/many-machines.md has it."""
-    one, two, beside = (statistics.median(figures["tokens_per_second"][name]) for name in ("one", "two", "beside"))
-    shares = [
-        f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
-        for each in (figures["efficiency"], figures["limit"])
-    ]
-    return [
-        "| | tokens/s | of twice one |",
-        "|---|---|---|",
-        f"| one process, one thread, one core | {one:,.0f} | |",
-        f"| two processes | {two:,.0f} | {shares[0]} |",
-        f"| two single trainings beside each other: the machine's limit | {beside:,.0f} | {shares[1]} |",
-    ]
+    lines = ["| a batch of 16 | one process, tokens/s | two | of twice one | limit |", "|---|---|---|---|---|"]
+    for name, found in figures["sizes"].items():
+        one, two = (statistics.median(found["tokens_per_second"][count]) for count in ("one", "two"))
+        shares = [
+            f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
+            for each in (found["efficiency"], found["limit"])
+        ]
+        lines.append(f"| {name} | {one:,.0f} | {two:,.0f} | {shares[0]} | {shares[1]} |")
+    return lines
 
 
 KILLER = """
