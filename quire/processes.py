@@ -44,9 +44,9 @@ def local_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if launched() else 1
 
 
-def beside_leader() -> bool:
-    """Whether this process is not the first of all, but on its machine (GROUP_RANK is the machine's number)."""
-    return launched() and rank() > 0 and int(os.environ.get("GROUP_RANK", int(local_rank() != rank()))) == 0
+def on_leaders_machine() -> bool:
+    """Whether this process is on the machine of the first of all (GROUP_RANK is the machine's number)."""
+    return rank() == 0 or int(os.environ.get("GROUP_RANK", int(local_rank() != rank()))) == 0
 
 
 def leads() -> bool:
@@ -65,7 +65,7 @@ def launch() -> str:
 
 
 def store() -> Any:
-    """The launch's store, its keys those of this start alone."""
+    """The launch's store, with keys of this start alone."""
     return meeting().store
 
 
@@ -152,19 +152,17 @@ def _wait(until: float, what: str) -> None:
     time.sleep(LOOKING)
 
 
-@cache
-def _counts() -> Counter[str]:
-    return Counter()
+_counts = Counter[str]()
 
 
 def numbered(key: str) -> str:
     """A key of the store for its next use: what was written for an earlier one is not read again."""
-    _counts()[key] += 1
-    return f"{key}/{_counts()[key]}"
+    _counts[key] += 1
+    return f"{key}/{_counts[key]}"
 
 
 def first_to_say(sentence: str) -> bool:
-    """Whether no other process of this launch has said the sentence: then this one is to."""
+    """Whether no other process of this start has said the sentence: then this one is to."""
     if world_size() == 1:
         return True
     try:

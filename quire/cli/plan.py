@@ -247,7 +247,7 @@ def span(days: float) -> str:
 
 def cells(name: str, columns: list[str]) -> str:
     """A line of the table."""
-    return f"{name:20}" + "".join(f" {text:>18}" for text in columns)
+    return f"{name:21}" + "".join(f" {text:>18}" for text in columns)
 
 
 def command(words: list[str], given: Arguments, plan: cluster.ClusterPlan, way: cluster.Way) -> str:

@@ -11,6 +11,7 @@ import threading
 import zlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ class BlockCache:
 
     def _hold(self, path: Path, data: bytes, error: OSError) -> None:
         with self._lock:
-            if len(self._held) == FEWEST and path not in self._held:
+            self._held.pop(path, None)
+            if len(self._held) == FEWEST:
                 del self._held[next(iter(self._held))]
             self._held[path] = data
             if self._told or os.path.exists(path):  # on Windows: another process has just stored it and reads it
@@ -117,7 +119,7 @@ class BlockCache:
                 return
             with contextlib.suppress(OSError):  # gone meanwhile; or, on Windows, being read
                 files.remove(path)
-            total -= size
+                total -= size
 
 
 # ---- tokens in blocks ---------------------------------------------------------------------------------------------
@@ -199,13 +201,12 @@ class FetchedTokens:
 
     def missing(self, start: int, stop: int) -> dict[Hashable, Callable[[], object]]:
         """What fetches each block of these tokens that is not in the cache, by the block's path there."""
-        numbers = self.file.blocks(*self._bytes(start, stop))
-        paths = {number: self.file.path(number) for number in numbers}
-        return {path: _fetching(self.file, number) for number, path in paths.items() if not self.file.cache.has(path)}
-
-
-def _fetching(file: BlockedFile, number: int) -> Callable[[], object]:
-    return lambda: file.fetch(number)
+        file, numbers = self.file, self.file.blocks(*self._bytes(start, stop))
+        return {
+            file.path(number): partial(file.fetch, number)
+            for number in numbers
+            if not file.cache.has(file.path(number))
+        }
 
 
 def checksums(path: Path, block_bytes: int) -> tuple[str, str]:

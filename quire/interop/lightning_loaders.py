@@ -15,11 +15,14 @@ from quire.layers.cross_entropy import IGNORED
 from quire.models import ModelSettings
 from quire.progress import say
 
+WANTED = "A batch must be (tokens, targets), a dictionary of these two, or a quire Batch, of integers (B, T)"
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
 
 def taken(batch: Any, model: ModelSettings, look: bool) -> dict[str, Tensor]:
     """What the model is called with: integers (B, T), cast to int64, T at most its context length.
 
-    Where they are to be `looked` at, each must also be below the vocabulary; on a GPU that waits for the numbers.
+    Where there is a `look` at them, each must also be below the vocabulary; on a GPU that waits for the numbers.
     """
     if isinstance(batch, Batch):
         found = batch.arguments()
@@ -44,10 +47,6 @@ def taken(batch: Any, model: ModelSettings, look: bool) -> dict[str, Tensor]:
     if tokens.shape != targets.shape:
         raise UserError(f"Each token has one target, but a batch has {tuple(tokens.shape)} and {tuple(targets.shape)}.")
     return {name: tensor.long() for name, tensor in found.items()}
-
-
-WANTED = "A batch must be (tokens, targets), a dictionary of these two, or a quire Batch, of integers (B, T)"
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def check_range(name: str, tensor: Tensor, size: int) -> None:

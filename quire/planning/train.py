@@ -39,8 +39,8 @@ def train(
 
 
 def train_planned(build: Callable[[Table], Settings], wanted: str, path: Path | None, began: float) -> Run:
-    """Train what the planner chooses of the `wanted` family, and say what that was; of "", what `build` makes of no
-    recipe. The minutes count from `began`, a time.time()."""
+    """Train what the planner chooses of the `wanted` family, and say what that was; where none is wanted, with the
+    settings as they were given. The minutes count from `began`, a time.time()."""
     settings = build({})
 
     def make() -> NewRun:

@@ -39,7 +39,7 @@ class NewRun:
     training: TrainingSettings
     tokens: np.ndarray | TokenStream  # to train on
     device: torch.device
-    find_threads: bool  # whether their number is to be found by measurement
+    measure: bool  # whether the number of threads is to be found by measurement
     keep: bool = False  # also where training fails before its first step: it may hold the only copy of a text
 
 
@@ -72,16 +72,23 @@ def begun_before(settings: Settings, path: Path | None) -> Path | None:
     for place in [path] if path else names_after(named[0]):
         if not place.exists():
             break
-        manifest = place / "manifest.json"
-        if not any(file.suffix != ".new" for file in place.rglob("*")):
-            files.remove(place)  # killed before it had a name
-            break
-        if manifest.is_file() and (found := files.read_json(manifest)).get("launch") == processes.launch():
-            if (place / "config.toml").is_file() and not ("finetuned_from" in found and not Run(place).last_folder()):
-                return place
-            files.remove(place)  # killed before it was a run, or before it had the weights to go on from
-            break
+        if whose(place) != processes.launch():
+            continue
+        whole = (place / "config.toml").is_file()
+        if whole and not ("finetuned_from" in Run(place).manifest and Run(place).last_folder() is None):
+            return place
+        files.remove(place)  # killed before it was a run, or before it had the weights to go on from
+        break
     return None
+
+
+def whose(place: Path) -> str:
+    """The launch that made a run, "" where that is no run, or not to be read."""
+    manifest = place / "manifest.json"
+    try:
+        return str(files.read_json(manifest).get("launch", "")) if manifest.is_file() else ""
+    except UserError:
+        return ""
 
 
 def train_new(new: NewRun, began: float, begin: Callable[[Trainer], None]) -> Run:
@@ -91,7 +98,7 @@ def train_new(new: NewRun, began: float, begin: Callable[[Trainer], None]) -> Ru
         with join(training.timeout).explained(), training_lock(run):
             trainer = Trainer(run, training, new.tokens, new.device, began)
             begin(trainer)
-            if new.find_threads and trainer.world.size == 1:
+            if new.measure and trainer.world.size == 1:
                 take_threads(trainer)
             announce(run, trainer)
             trainer.fit()
@@ -114,7 +121,7 @@ def train_along(told: str, began: float, begin: Callable[[Trainer], None]) -> Ru
         )
     run = Run(path)
     with join(settings_of(run).timeout).explained():
-        trainer = reopened(run, began=began, looked_at=processes.beside_leader())
+        trainer = reopened(run, began=began, looked_at=processes.on_leaders_machine())
         begin(trainer)
         trainer.fit()
     return run

@@ -35,8 +35,8 @@ from quire.training.settings import TrainingSettings
 PATIENCE = 3  # times as long as --timeout nccl waits
 LISTENING = 3.0  # seconds in which those that are still there say so, after one is missed
 LOOKING = 0.2  # seconds between two looks at the store
-# What torch's backends say where another process has gone or hangs; gloo's errors have no type of their own.
 REMEDY = "Training stopped; quire resume goes on from the last checkpoint."
+# What torch's backends say where another process has gone or hangs; gloo's errors have no type of their own.
 LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "socket", "broken pipe")
 
 
@@ -138,7 +138,7 @@ class World:
         """The result of what the leading process does meanwhile, however long that takes."""
         store, key = processes.store(), processes.numbered(what)
         with self.explained():
-            self._wait_for({key: 0})
+            self.wait_for({key: 0})
             kind, _, text = store.get(key).decode().partition(": ")
         if kind == "result":
             return text
@@ -155,9 +155,9 @@ class World:
             key = processes.numbered("assembled")
             with self.explained():
                 processes.store().set(f"{key}/{self.rank}", "")
-                self._wait_for({f"{key}/{rank}": rank for rank in range(self.size)})
+                self.wait_for({f"{key}/{rank}": rank for rank in range(self.size)})
 
-    def _wait_for(self, keys: dict[str, int]) -> None:
+    def wait_for(self, keys: dict[str, int]) -> None:
         """Wait until the store has these keys, each of a process; a process may tell why it ends, or be lost."""
         store, heard = processes.store(), dict[int, bytes]()
         since = dict.fromkeys(keys.values(), time.monotonic())
@@ -216,13 +216,16 @@ class World:
         """A sentence about those processes that do not say within a moment that they are there."""
         try:
             store = processes.store()
+            if store.check(["lost"]):  # another process has looked
+                return store.get("lost").decode()
             store.set(f"here/{self.rank}", "")
             until = time.monotonic() + LISTENING
             missing = [rank for rank in range(self.size) if rank != self.rank]
             while missing and time.monotonic() < until:
                 time.sleep(LOOKING)
                 missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
-            return self.missing(missing)
+            store.set("lost", sentence := self.missing(missing))
+            return sentence
         except RuntimeError:
             return f"The other processes, and their store, do not answer any more. {REMEDY}"
 

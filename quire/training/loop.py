@@ -113,7 +113,7 @@ class Trainer:
                 else:
                     if state.step % LINE_STEPS == 0:
                         self.log(show)
-                        if sentence := watch.sentence():
+                        if processes.local_size() == 1 and (sentence := watch.sentence()):
                             say(sentence, "yellow")
                     fifth = math.floor(state.progress * SAVES) > math.floor(before * SAVES)
                     if fifth or state.seconds - self.saved > SAVE_SECONDS:

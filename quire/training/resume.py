@@ -40,7 +40,9 @@ def resume(
 ) -> Run:
     """Continue a run exactly where it stopped; a finished one trains `steps` or `minutes` more, if given.
 
-    `data` says where the training text is now, if it has moved. Gives the run, also where there is nothing to do.
+    `data` says where the training text is now, if it has moved. `engine`, `device`, `threads` and `parallel` stand for
+    the run's own from here on; of a finished run that trains no further, another `parallel` changes the form of its
+    checkpoints. Gives the run, also where there is nothing to do.
     """
     began = began or time.time()
     run = run if isinstance(run, Run) else Run(run)
@@ -49,18 +51,18 @@ def resume(
     world = join(settings_of(run).timeout)
     training = changed(run, engine, device, threads, parallel)
     with world.explained(), held(run, world, lambda: find_tokens(run, training, data)):
-        looked_at = world.leads or processes.beside_leader()
+        looked_at = processes.on_leaders_machine()
         trainer = reopened(run, training, data, began, looked_at)
         found = trainer.load()
         state = trainer.state
         if processes.restarted() and (not state.finished or state.launch == processes.launch()):
             steps, minutes = 0, 0.0  # what was asked for has begun before
-        trained_by(trainer)
-        if state.finished and parallel and trainer.sharded != checkpoint.is_sharded(run.folder("last")):
+        ends_here = state.finished and not (steps or minutes)
+        if ends_here and parallel and trainer.sharded != checkpoint.is_sharded(run.folder("last")):
             save_anew(trainer)
             say(f"{run.path} is finished; its checkpoints are now those of --parallel {parallel}.")
             return run
-        if state.finished and not (steps or minutes):
+        if ends_here:
             say(
                 f"{run.path} is finished (step {state.step}): nothing to resume."
                 f" To train it further: quire resume {run.path} --minutes 5"
@@ -68,6 +70,7 @@ def resume(
             return run
         if (steps or minutes) and not state.finished:
             raise UserError(f"{run.path} is not finished (step {state.step}). Finish it first: quire resume {run.path}")
+        trained_by(trainer)
         trainer.journal.cut_back(state)
         if steps or minutes:
             say(f"{run.path} trains on from step {state.step}; the learning rate warms up again.")

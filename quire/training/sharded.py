@@ -14,7 +14,6 @@ training goes on, and read by any number of processes, or by one that knows noth
 """
 
 import json
-import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -149,15 +148,12 @@ class Shards:
             assert self.store is not None
             self.store.set(f"{key}/{self.world.rank}", json.dumps(own))
             return
-        until = time.monotonic() + self.timeout
-        for rank in range(1, self.world.size):
-            assert self.store is not None
-            while not self.store.check([f"{key}/{rank}"]):
-                if time.monotonic() > until:
-                    raise RuntimeError(f"timed out: process {rank} has not told the checksums of what it wrote")
-                time.sleep(processes.LOOKING)
-            own |= json.loads(self.store.get(f"{key}/{rank}"))
-            self.store.delete_key(f"{key}/{rank}")
+        if self.store is not None:
+            others = {f"{key}/{rank}": rank for rank in range(1, self.world.size)}
+            self.world.wait_for(others)
+            for told in others:
+                own |= json.loads(self.store.get(told))
+                self.store.delete_key(told)
         files.write_json(new / checkpoint.STATE, {"state": state, "files": own})
         files.take_place(folder)
 

@@ -2,6 +2,7 @@
 
 import quire
 from quire import files, processes
+from quire.data.reading import DataSettings
 from quire.training.begin import begun_before
 from quire.training.resume import resume
 from quire.training.settings import Settings
@@ -18,6 +19,25 @@ def test_a_run_of_another_launch_is_not_gone_on_with(lab, monkeypatch):
     assert begun_before(Settings(), run.path) is None
     monkeypatch.setattr(processes, "restarted", lambda: False)
     assert begun_before(Settings(), run.path) is None
+
+
+def test_what_others_have_is_passed_over(lab, monkeypatch):
+    """Files, folders and runs of other names are left alone; this launch's run is found behind them."""
+    monkeypatch.chdir(lab.folder)
+    monkeypatch.setattr(processes, "restarted", lambda: True)
+    monkeypatch.setattr(processes, "launch", lambda: "this")
+    runs = lab.folder / "runs"
+    for number, name in enumerate(("text", "text-2", "text-3", "text-4")):
+        (runs / name).mkdir(parents=True)
+        if number:
+            (runs / name / ("manifest.json" if number == 3 else "own.new")).write_text("{ damaged")
+    settings = Settings(data=DataSettings(text=(str(lab.text),)))
+    before = lab.contents(runs)
+    assert begun_before(settings, None) is None and begun_before(settings, lab.text) is None
+    run = lab.train("runs/text-5", steps=1)
+    files.write_json(run.path / "manifest.json", {**run.manifest, "launch": "this"})
+    assert begun_before(settings, None) == run.path.relative_to(lab.folder)
+    assert before.items() <= lab.contents(runs).items() and (runs / "text").is_dir() and lab.text.exists()
 
 
 def test_what_was_killed_before_it_was_a_run_makes_room(tmp_path, monkeypatch):

@@ -285,7 +285,7 @@ def test_who_is_silent_while_others_wait_is_named(monkeypatch):
     with ThreadPoolExecutor(1) as beside:
         beside.submit(beat, store, 1, 0.1, end)
         with pytest.raises(Lost, match=r"^Process 2 \(pid 2 on here\) does not answer: it hangs"):
-            World(0, 3, timeout=1.0)._wait_for({"ready/1": 1, "ready/2": 2})
+            World(0, 3, timeout=1.0).wait_for({"ready/1": 1, "ready/2": 2})
         end.set()
 
 

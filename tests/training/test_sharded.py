@@ -81,6 +81,7 @@ def test_a_finished_run_changes_the_form_of_its_checkpoints(lab):
         for name in ("model", "training"):
             mine, theirs = getattr(found, name), getattr(whole, name)
             assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert resuming.resume(run, parallel="fsdp", steps=2).metrics()[-1]["step"] == 5
 
 
 def test_a_full_disk_is_said_where_parts_are_written(lab, monkeypatch):
