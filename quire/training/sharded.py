@@ -90,7 +90,7 @@ class Shards:
     """The checkpoints of a sharded training, written one after the other beside it."""
 
     def __init__(self, world: World, timeout: float) -> None:
-        self.world, self.timeout = world, timeout
+        self.world = world
         # A group of its own: it is used while training uses the other.
         self.group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self.store = processes.store().clone() if world.size > 1 else None
