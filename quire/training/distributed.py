@@ -164,8 +164,8 @@ class World:
         while not store.check(list(keys)):
             if sentence := processes.ended():
                 raise UserError(sentence)
-            for rank in since:
-                if (beat := store.get(beat_of(rank))) != heard.get(rank):
+            for rank, beat in zip(since, store.multi_get([beat_of(rank) for rank in since]), strict=True):
+                if beat != heard.get(rank):
                     heard[rank], since[rank] = beat, time.monotonic()
             if lost := [rank for rank, when in since.items() if time.monotonic() - when > self.timeout]:
                 raise Lost(self.missing(lost))
@@ -224,19 +224,20 @@ class World:
             while missing and time.monotonic() < until:
                 time.sleep(LOOKING)
                 missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
-            store.set("lost", sentence := self.missing(missing))
-            return sentence
+            return self.missing(missing)
         except RuntimeError:
             return f"The other processes, and their store, do not answer any more. {REMEDY}"
 
     def missing(self, ranks: list[int]) -> str:
-        """A sentence about processes that are lost."""
+        """A sentence about processes that are lost, kept for others that look."""
         if not ranks:
             return f"The connection between the processes was lost for a moment. {REMEDY}"
         store = processes.store()
         names = " and ".join(f"process {rank} ({store.get(f'name/{rank}').decode()})" for rank in ranks)
         verb, it, was = ("does", "it hangs", "it was") if len(ranks) == 1 else ("do", "they hang", "they were")
-        return f"{names[0].upper()}{names[1:]} {verb} not answer: {it}, or {was} killed. {REMEDY}"
+        sentence = f"{names[0].upper()}{names[1:]} {verb} not answer: {it}, or {was} killed. {REMEDY}"
+        store.set("lost", sentence)
+        return sentence
 
 
 ALONE = World()
